@@ -1,0 +1,1134 @@
+# SPDX-License-Identifier: MIT
+# runpoll 0.1.0
+"""Start a remote run (a workflow, a job, a procedure) over HTTP and follow it until it ends.
+
+    import runpoll
+
+    with runpoll.Session(runpoll.RAPIDFOLIO, api_key) as session:
+        run = session.start({"data": {"customerId": "cust_123"}}, procedure_id="proc_abc", environment="sandbox")
+        for state in runpoll.iter_status(session, run):
+            print(state.status, state.progress)
+        print(state.result())
+
+An `Api` says how one API speaks, a `Session` speaks it, each answer about a run is a `RunState`, a plain value, and
+`iter_status` yields them, so that the loop is yours; `state.params` is all that another process needs to go on.
+
+Nothing is global, no start is sent twice where the first may have begun a run, nothing is cancelled unless you say so.
+Faults that may pass are sat out, others are a `RunpollError`; wrong arguments are a ValueError or TypeError before any
+request. All times are seconds, and None is no limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import email.utils
+import functools
+import http.client
+import io
+import itertools
+import logging
+import os
+import queue
+import random
+import re
+import socket
+import string
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from enum import Enum
+from math import inf
+from time import monotonic
+from typing import Any, ClassVar, TypeVar, Union, overload
+from urllib.parse import quote, unquote, urljoin
+
+import urllib3
+from urllib3._collections import HTTPHeaderDict
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, SSLError
+from urllib3.util import Url, make_headers, parse_url
+
+__version__ = "0.1.0"
+__all__ = [
+    "RunpollError", "TransportError", "ApiError", "BadResponse", "PollTimeout", "RunFailed", "RunCancelled", "RunNotDone",
+    "Phase", "ErrorInfo", "RunState", "Api", "RAPIDFOLIO", "DOCLO", "DIBBY", "ONEPIN",
+    "Session", "Backoff", "iter_status", "wait",
+]
+
+_IDEMPOTENT = {"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}  # RFC 9110 section 9.2.2
+_TRANSIENT = {408, 429, 500, 502, 503, 504}  # HTTP statuses that another try may not meet
+# All in seconds:
+_RETRY_FIRST, _RETRY_MOST = 0.5, 10.0  # the wait before the first retry, and the longest
+_RETRY_AFTER_MOST = 120.0  # the longest Retry-After that is waited for
+_REPLICA_LAG = 10.0  # for so long a run just started may be unknown
+_IDLE_MOST = 5.0  # a connection idle for longer is not trusted with what cannot be repeated
+_HOLD_MARGIN = 10.0  # what a start's answer may take beyond the server's hold
+_LAST_POLL = 0.1  # what is kept for the last poll before a deadline, at least
+_TICK = 1e-6  # points on the clock that are closer are one
+
+_log = logging.getLogger("runpoll")
+_T = TypeVar("_T")
+
+
+# ---- Errors
+
+
+class RunpollError(Exception):
+    """The base of all errors, which pickle. `params` are the run's, to resume it by, where it concerns one."""
+
+    params: dict[str, str] | None = None
+    _transient = False  # another try may fare better
+
+    def __init__(self, text: str = "", **attributes: Any) -> None:
+        super().__init__(text)
+        self.__dict__.update(attributes)  # as pickle and copy restore them
+
+
+class TransportError(RunpollError):
+    """No answer. `sent` is False when no connection was made, so that nothing can have begun."""
+
+    sent: bool = True
+
+
+class ApiError(RunpollError):
+    """An HTTP error, or a redirect, which is never followed. `body` is the first 500 characters."""
+
+    http_status: int
+    error: ErrorInfo
+    body: str
+    request_id: str | None
+    retry_after: float | None
+
+
+class BadResponse(RunpollError):
+    """An answer that is not the JSON promised, or larger than `max_body`. `body` is the first 500 characters."""
+
+    http_status: int = 200
+    body: str = ""
+    _transient = True
+
+
+class PollTimeout(RunpollError, TimeoutError):
+    """`timeout` ran out; what was followed goes on. `state` is the last seen.
+    """
+
+    state: RunState | None = None
+
+
+class RunFailed(RunpollError):
+    """`state.result()` of a run that failed."""
+
+    state: RunState
+
+
+class RunCancelled(RunpollError):
+    """`state.result()` of a run that was cancelled."""
+
+    state: RunState
+
+
+class RunNotDone(RunpollError):
+    """`state.result()` of a run that has not ended."""
+
+    state: RunState
+
+
+# ---- States
+
+
+class Phase(str, Enum):
+    """What a status word means: PAUSED waits for a person, UNKNOWN is not in the Api's list."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    UNKNOWN = "unknown"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def terminal(self) -> bool:
+        return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+
+
+_VOCABULARY = {
+    Phase.PENDING: "pending queued created scheduled submitted accepted enqueued notstarted starting initializing",
+    Phase.RUNNING: "running inprogress processing started active working executing finalizing cancelling canceling",
+    Phase.PAUSED: "paused suspended awaitingreview awaitingapproval awaitinginput requiresaction",
+    Phase.SUCCEEDED: "success succeeded successful completed complete finished done",
+    Phase.FAILED: "failed failure error errored timedout crashed expired",
+    Phase.CANCELLED: "cancelled canceled aborted",
+}
+
+
+@dataclass(frozen=True)
+class ErrorInfo:
+    """What an API says of an error; `step` is the step of the run that failed."""
+
+    message: str
+    code: str | None = None
+    step: str | None = None
+    details: Any = None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One answer about a run, `done` when it has ended, `ok` when it has succeeded.
+
+    `status` is the API's own word, `phase` its meaning, `raw` the whole answer, `params` the handle to store and resume
+    from. `duration`, `retry_after`, `elapsed` (since the iteration began) and `eta` (what seems to be left) are seconds,
+    `progress` is 0.0 to 1.0, timestamps are UTC. `polls` counts the iteration's good answers, `faults` the failed
+    attempts since the last. `status_url` is never followed.
+    """
+
+    id: str
+    status: str
+    phase: Phase
+    output: Any = field(default=None, repr=False)
+    error: ErrorInfo | None = None
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    duration: float | None = None
+    steps_done: int | None = None
+    steps_total: int | None = None
+    progress: float | None = None
+    status_url: str | None = None
+    params: dict[str, str] = field(default_factory=dict)
+    raw: Any = field(default=None, repr=False)
+    retry_after: float | None = None
+    polls: int = field(default=0, compare=False)
+    faults: int = field(default=0, compare=False)
+    elapsed: float = field(default=0.0, compare=False)
+    eta: float | None = field(default=None, compare=False)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def done(self) -> bool:
+        return self.phase.terminal
+
+    @property
+    def ok(self) -> bool:
+        return self.phase is Phase.SUCCEEDED
+
+    @overload
+    def result(self, decode: None = None) -> Any: ...
+    @overload
+    def result(self, decode: Callable[[Any], _T]) -> _T: ...
+    def result(self, decode: Callable[[Any], Any] | None = None) -> Any:
+        """The output of a run that succeeded, through `decode` if given. Raises RunFailed, RunCancelled, RunNotDone."""
+        if self.ok:
+            return self.output if decode is None else decode(self.output)
+        kind, what = {Phase.FAILED: (RunFailed, "failed"), Phase.CANCELLED: (RunCancelled, "was cancelled")}.get(
+            self.phase, (RunNotDone, f"has not ended (status {self.status!r}): follow it with iter_status()"))
+        said = self.error or ErrorInfo("")
+        parts = (what, _one_line(said.message), said.step and f"step {said.step}", said.code and f"code {said.code}")
+        raise kind(f"run {self.id} {', '.join(filter(None, parts))}", params=self.params, state=self)
+
+
+def _but(state: RunState, **changes: Any) -> RunState:
+    """`dataclasses.replace` at a tenth of its cost."""
+    other = object.__new__(type(state))
+    vars(other).update(vars(state), **changes)
+    return other
+
+
+# ---- Reading JSON: a value of the wrong type is as if absent
+
+
+def _json(content: bytes | str, *_: object) -> Any:
+    import json  # not above: urllib3 does without it, and a cold start is felt
+
+    try:
+        return json.loads(content) if content.strip() else None
+    except (ValueError, RecursionError):
+        raise BadResponse("is not JSON") from None  # the cause would carry the content
+
+
+def _dump(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _dig(value: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _word(value: Any) -> str | None:
+    return _dump(value) if isinstance(value, (int, float)) else _text(value)
+
+
+def _number(value: Any, most: float = 1e18) -> float | None:
+    return float(value) if type(value) in (int, float) and 0 <= value <= most else None
+
+
+def _count(value: Any) -> int | None:
+    return int(value) if _number(value) is not None and value % 1 == 0 else None
+
+
+_ISO_8601 = r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(:\d\d)?(?:[.,](\d+))?)? ?(?:[Zz]|([+-]\d\d):?(\d\d)?)?"
+
+
+def _instant(value: Any) -> datetime | None:
+    """ISO 8601, or Unix time in seconds or milliseconds."""
+    try:
+        if isinstance(value, str) and (found := re.fullmatch(_ISO_8601, value)):
+            day, minute, second, fraction, hours, minutes = found.groups("")  # put together as Python 3.9 wants it
+            moment = f"{day}T{minute or '00:00'}{second or ':00'}.{fraction[:6]:0<6}{hours or '+00'}:{minutes or '00'}"
+            return datetime.fromisoformat(moment).astimezone(timezone.utc)
+        if (number := _number(value)) is not None:
+            return datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        pass
+    return None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Retry-After (RFC 9110 section 10.2.3) in seconds; None when absent, not positive, or anything else."""
+    text = headers.get("Retry-After", "")
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text) or None
+    try:
+        date = email.utils.parsedate_tz(text) if text else None
+        return max(email.utils.mktime_tz(date) - time.time(), 0.0) or None if date else None
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def _error_info(said: Any) -> ErrorInfo | None:
+    """An error in whichever of the usual forms."""
+    while isinstance(said, dict) and isinstance(said.get("error"), dict):
+        said = said["error"]
+    if not isinstance(said, dict):
+        return ErrorInfo(_word(said) or "no text", details=None if _word(said) else said) if said else None
+    faults = next((said[name] for name in ("detail", "errors") if isinstance(said.get(name), list)), ())
+    listed = "; ".join(_fault(fault) for fault in faults if isinstance(fault, dict))
+    texts = [said.get(name) for name in ("message", "detail", "description", "title", "error")]
+    message: Any = next(filter(_text, (*texts, listed, *said.values())), "no text")
+    details = next((said[name] for name in ("details", "detail", "errors") if said.get(name) not in (None, message)), None)
+    code = _word(said.get("code")) or (_text(said.get("error")) if said.get("error") != message else None)
+    return ErrorInfo(message, code, _text(said.get("step")), details)
+
+
+def _fault(fault: dict[str, Any]) -> str:
+    """What a validation says, like {"loc": ["body", "text"], "msg": "field required"}."""
+    where, what = fault.get("loc", fault.get("field", "")), fault.get("msg", fault.get("message", ""))
+    return f"{'.'.join(map(str, where)) if isinstance(where, list) else where}: {what}"
+
+
+def _one_line(text: str) -> str:
+    """The first line that is not blank, printable, of at most 200 characters."""
+    line = next(filter(None, map(str.strip, text.splitlines())), "")
+    return "".join(c if c.isprintable() else " " for c in line)[:200]
+
+
+# ---- How an API speaks
+
+
+class _Path:
+    """A path template with its method, like "DELETE /jobs/{run_id}"."""
+
+    def __init__(self, template: str, method: str = "POST") -> None:
+        named, _, self.path = template.rpartition(" ")
+        self.method = named or method
+        self.parts = [(literal, name or "") for literal, name, _, _ in string.Formatter().parse(self.path)]
+        self.names = {name.lstrip("+") for _, name in self.parts if name}
+        if template and not (self.path.startswith("/") and all(map(str.isidentifier, self.names))):
+            raise ValueError(f"a path template is like '/jobs/{{run_id}}', not like {template!r}")
+
+    def fill(self, params: Mapping[str, Any]) -> str:
+        """The path, each value encoded whole, so that it cannot change the rest."""
+        for wrong, names in (("missing", self.names - params.keys()), ("unknown", params.keys() - self.names)):
+            if names:
+                raise TypeError(f"{wrong} path parameter {', '.join(sorted(names))} for {self.path!r}")
+        return "".join(literal + (self.encode(name, params[name.lstrip("+")]) if name else "") for literal, name in self.parts)
+
+    def encode(self, name: str, value: Any) -> str:
+        kept = "/" if name[0] == "+" else ""
+        if not isinstance(value, (str, int)):
+            raise TypeError(f"path parameter {name} is a string or an integer, not a {type(value).__name__}")
+        if not {"", ".", ".."}.isdisjoint(str(value).split(kept or "\0")):
+            raise ValueError(f"path parameter {name} may have no empty, '.' or '..' segment: {value!r}")
+        return quote(str(value), safe=kept)
+
+    def match(self, prefix: str, target: str) -> dict[str, str]:
+        """The parameters that make `target`."""
+        pattern = re.escape(prefix)
+        for literal, name in self.parts:
+            pattern += re.escape(literal)
+            pattern += f"(?P<{name.lstrip('+')}>[^?{'' if name[0] == '+' else '/'}]+)" if name else ""
+        found = re.fullmatch(pattern, target if "?" in self.path else target.partition("?")[0])
+        if not found:
+            raise ValueError(f"the status URL does not fit the status template {self.path!r}")
+        return {name: unquote(value) for name, value in found.groupdict().items()}
+
+
+_Run = Union[str, "Mapping[str, Any]", RunState]
+_Field = Union[str, "Sequence[str]", Callable[[Any], Any]]
+
+# RunState field -> its converter, and where it stands in most APIs.
+_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "id": (_word, "run_id runId id execution_id executionId job_id jobId task_id taskId"),
+    "status": (_word, "status state"),
+    "output": (lambda value: value, "output outputs result results"),
+    "error": (lambda value: value, "error error_message errorMessage"),
+    "created_at": (_instant, "created_at createdAt created submitted_at submittedAt"),
+    "started_at": (_instant, "started_at startedAt start_time startTime"),
+    "completed_at": (_instant, "completed_at completedAt finished_at finishedAt ended_at endedAt end_time endTime"),
+    "duration": (_number, "duration_seconds durationSeconds"),
+    "steps_done": (_count, "steps_done stepsDone steps_completed stepsCompleted completed_steps completedSteps finished_steps"),
+    "steps_total": (_count, "steps_total stepsTotal total_steps totalSteps"),
+    "progress": (functools.partial(_number, most=1), "progress"),
+    "status_url": (_text, "status_url statusUrl"),
+}
+
+
+@dataclass(frozen=True)
+class Api:
+    """How one API speaks. `Api(base_url="https://api.example.com", status="/jobs/{run_id}")` drives an ordinary one.
+
+    Args:
+        base_url: scheme, host and an optional path prefix.
+        status: path template with `{run_id}`; `{+name}` keeps the slashes of a value (RFC 6570).
+        start, cancel: path templates, "" for none; POST, unless one begins otherwise: "DELETE /jobs/{run_id}".
+        root: dotted path to the object that holds the run.
+        fields: RunState field -> a dotted path under `root`, a tuple of them (the first that is there), or a callable of
+            that object. What is left out stands under its usual names.
+        phases: status word -> Phase; only letters and digits count, in any case. What is left out means the usual.
+        auth_header, auth_scheme: where the key goes; an empty scheme sends it bare.
+        idempotency: where a start's idempotency key goes: "header:NAME", "body:NAME", or "".
+        hold: from a start's body, the seconds for which the server may hold its connection.
+    """
+
+    base_url: str
+    status: str
+    start: str = ""
+    cancel: str = ""
+    root: str = ""
+    fields: Mapping[str, _Field] = field(default_factory=dict)
+    phases: Mapping[str, Phase | str] = field(default_factory=dict)
+    auth_header: str = "Authorization"
+    auth_scheme: str = "Bearer"
+    idempotency: str = ""
+    hold: Callable[[Any], float] | None = None
+    _paths: ClassVar[tuple[_Path, _Path, _Path]]
+    _phases: ClassVar[dict[str, Phase]]
+    _places: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        _base_url(self.base_url)
+        start, status, cancel = paths = _Path(self.start), _Path(self.status, "GET"), _Path(self.cancel)
+        reserved = {"self", "body", "request_timeout", "headers", "idempotency_key"}
+        for wrong, rule in (
+            (self.fields.keys() - _FIELDS.keys(), f"fields may only name {', '.join(_FIELDS)}"),
+            ({"run_id"} - status.names, "the status template has to name {run_id}"),
+            (cancel.names - status.names, "the cancel template may only name what the status template names"),
+            (start.names & reserved, "a start parameter may not be named like an argument of Session.start"),
+        ):
+            if wrong:
+                raise ValueError(f"{rule}: {', '.join(sorted(wrong))}")
+        if self.idempotency and not re.match("(header|body):.", self.idempotency):
+            raise ValueError(f"idempotency is 'header:NAME' or 'body:NAME', not {self.idempotency!r}")
+        phases = {word: phase for phase, words in _VOCABULARY.items() for word in words.split()}
+        phases.update((_bare(word), Phase(phase)) for word, phase in self.phases.items())
+        places = {name: _place(self.fields.get(name) or usual.split()) for name, (_, usual) in _FIELDS.items()}
+        vars(self).update(_paths=paths, _phases=phases, _places=places)
+
+    def read_state(self, body: Any, params: Mapping[str, str] | None = None,
+                   headers: Mapping[str, str] | None = None, http_status: int = 200) -> RunState:
+        """The state in a parsed JSON answer, a webhook's too; a BadResponse without an id or a status.
+
+        For an API that no table can express, a subclass overrides it: it is called for every success answer to a start
+        and a poll. `body` is None for an empty answer; `params` are those that were asked with, in which a start's lack
+        `run_id`, or None for the id alone; `headers` are compared without regard to case.
+        """
+        headers = headers if isinstance(headers, HTTPHeaderDict) else HTTPHeaderDict(headers or {})
+        run = _dig(body, self.root.split(".")) if self.root else body
+        with _readable("a field of the Api"):
+            found = {name: _first(run, place, _FIELDS[name][0]) for name, place in self._places.items()}
+        asked: dict[str, Any] = dict(params or {})
+        starts = params is not None and "run_id" not in asked
+        if starts and not found["id"] and "Location" in headers:
+            with contextlib.suppress(ValueError):  # it leads elsewhere
+                asked.update(self._from_url(urljoin(self.base_url + "/", headers["Location"])))
+        found["id"] = found["id"] or asked.get("run_id")
+        found["status"] = found["status"] or ("" if starts else None)
+        if None in (found["id"], found["status"]):
+            raise BadResponse(f"has no {'status' if found['id'] else 'id'} of a run", http_status=http_status)
+        phase = self._phases.get(_bare(found["status"]), Phase.UNKNOWN) if found["status"] else Phase.PENDING
+        found["error"] = _error_info(found["error"]) if phase in (Phase.FAILED, Phase.CANCELLED) else None
+        if found["progress"] is None and found["steps_total"] and found["steps_done"] is not None:
+            found["progress"] = min(found["steps_done"] / found["steps_total"], 1.0)
+        begun, ended = found["started_at"] or found["created_at"], found["completed_at"]
+        if found["duration"] is None and begun and ended and ended >= begun:
+            found["duration"] = (ended - begun).total_seconds()
+        asked.setdefault("run_id", found["id"])
+        return RunState(**found, phase=phase, params=asked, raw=body, retry_after=_retry_after(headers))
+
+    def _handle(self, run: _Run) -> dict[str, str]:
+        """The path parameters of a run, however it is named."""
+        if isinstance(run, str):
+            run = self._from_url(run) if run.startswith(("http://", "https://")) else {"run_id": run}
+        params = run.params if isinstance(run, RunState) else run
+        if not isinstance(params, Mapping):
+            raise TypeError(f"a run is an id, a mapping of path parameters, a RunState or a status URL, not {run!r}")
+        self._paths[1].fill(params)
+        return {name: str(value) for name, value in params.items()}
+
+    def _from_url(self, url: str) -> dict[str, str]:
+        base, given = _base_url(self.base_url), parse_url(url)
+        if _origin(base) != _origin(given) or given.auth:
+            raise ValueError(f"the status URL is not on the API's own origin, {_origin(base)}")
+        return self._handle(self._paths[1].match((base.path or "").rstrip("/"), given.request_uri))
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Generator[None, None, None]:
+    """Code that is not ours reads an answer here."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadResponse(f"could not be read ({type(error).__name__} in {where})") from error
+
+
+def _place(where: _Field) -> Any:
+    """A callable, or dotted paths, split."""
+    return where if callable(where) else [path.split(".") for path in ([where] if isinstance(where, str) else where)]
+
+
+def _first(run: Any, place: Any, convert: Callable[[Any], Any]) -> Any:
+    """The first value at `place` that `convert` takes, else None."""
+    if callable(place):
+        return convert(place(run))
+    for path in place:
+        value = _dig(run, path)
+        if value is not None and (value := convert(value)) is not None:
+            return value
+    return None
+
+
+def _bare(word: str) -> str:
+    """Timed-Out, TIMED_OUT and timedOut are one word."""
+    return "".join(filter(str.isalnum, word)).lower()
+
+
+def _base_url(url: str) -> Url:
+    base = parse_url(url)
+    if base.scheme not in ("http", "https") or not base.host or base.auth or base.query or base.fragment:
+        raise ValueError("base_url is http(s)://HOST[:PORT][/PREFIX], without user, query or fragment")
+    return base
+
+
+def _origin(url: Url) -> str:
+    return f"{url.scheme}://{url.host}:{url.port or (443 if url.scheme == 'https' else 80)}"
+
+
+# ---- The built-in APIs, as their documents describe them
+
+
+def _scaled(factor: float, *paths: str) -> Callable[[Any], float | None]:
+    """Reads a number that is in another unit."""
+    place = _place(paths)
+    return lambda body: None if (number := _first(body, place, _number)) is None else number * factor
+
+
+def _held(switch: str, on: object, milliseconds: str, usual: float) -> Callable[[Any], float]:
+    """For how many seconds a start is held whose body has `on` at `switch`."""
+    return lambda body: (_scaled(0.001, milliseconds)(body) or usual) if _dig(body, switch.split(".")) == on else 0.0
+
+
+RAPIDFOLIO = Api(
+    base_url="https://run.rapidfolio.com",
+    start="/v1/procedures/{procedure_id}/{environment}",
+    status="/runs/{run_id}",
+    cancel="/runs/{run_id}/cancel",
+    phases={"timeout": Phase.RUNNING},  # of a synchronous start that the server holds no longer
+    hold=_held("control.executionMode", "sync", "control.executionTimeout", 60.0),
+)
+DOCLO = Api(
+    base_url="https://app.doclo.ai/api/v1",
+    start="/flows/{flow_id}/run",
+    status="/runs/{run_id}",
+    cancel="/runs/{run_id}/cancel",
+    fields={
+        "duration": _scaled(0.001, "duration", "metrics.durationMs"),
+        "steps_done": "metrics.stepsRun",
+        "steps_total": "metrics.stepsTotal",
+        "progress": _scaled(0.01, "progress.percentage"),
+    },
+    idempotency="body:idempotencyKey",
+    hold=_held("wait", True, "timeout", 30.0),
+)
+DIBBY = Api(base_url="https://dibby.ai/api", start="/runs", status="/runs/{run_id}", fields={"steps_total": "steps"})
+ONEPIN = Api(
+    base_url="https://api.onepin.ai",
+    start="/api/v1/workflows/{workflow_id}/runs",
+    status="/api/v1/workflows/{workflow_id}/runs/{run_id}/status",
+    cancel="/api/v1/workflows/{workflow_id}/runs/{run_id}/cancel",
+    root="data",
+)
+
+
+# ---- The wire
+
+
+class _Receiver(io.RawIOBase):
+    """All receives share the socket's timeout; http.client would allow it to each."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._sock, self._raw, self._end = sock, raw, monotonic() + (sock.gettimeout() or 0.0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._end - monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_Receiver(sock, self.fp.detach()))
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """Has every interim answer (RFC 9110 section 15.2) passed over, not the 100 alone."""
+        version, status, reason = super()._read_status()  # type: ignore[misc]
+        return version, 100 if 100 < status < 200 else status, reason
+
+
+class _HTTP(HTTPConnection):
+    response_class = _Response
+    used_at = -inf
+
+    def _new_conn(self) -> socket.socket:
+        begun = monotonic()
+        sock = super()._new_conn()
+        sock.settimeout(max((self.timeout or 0.0) - (monotonic() - begun), 0.001))  # what is left for TLS
+        return sock
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        self.used_at = monotonic()
+        super().request(*args, **kwargs)
+
+
+class _HTTPS(_HTTP, HTTPSConnection):
+    pass
+
+
+_ONCE = urllib3.Retry(False, redirect=False)
+_NO_ANSWER = (HTTPError, http.client.HTTPException, OSError)
+_ADVICE = {401: "check the API key", 404: "check the id, the base_url and whose key it is", 429: "ask less often",
+           3: "redirects are never followed: is that the base_url to use?", 4: "unchanged it will fail again"}
+
+
+def _proxy(base: Url) -> Url | None:
+    """The proxy that the environment names for a URL."""
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None
+    from urllib.request import getproxies, proxy_bypass  # as costly to import as all the rest
+
+    url = getproxies().get(base.scheme or "")
+    return None if not url or proxy_bypass(base.netloc or "") else parse_url(url if "://" in url else f"http://{url}")
+
+
+def _headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """`headers`, checked here because http.client would show a value that it refuses."""
+    for name, value in (headers or {}).items():
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+:[ -~\xa0-\xff]*", f"{name}:{value}", re.ASCII):
+            raise ValueError(f"header {name!r} has a character that no header can carry")
+    return {name.title(): value for name, value in (headers or {}).items()}
+
+
+def _checked(name: str, value: Any, least: float = 0.0, most: float = inf) -> Any:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} has to be a number, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} has to be from {least:g} to {most:g}, not {value!r}")
+    return value
+
+
+def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any) -> RunpollError:
+    """What went wrong with an attempt, without the key, even where the API sent it back."""
+    content, status, begun, cause = ask.clean(body.decode("utf-8", "replace")), response and response.status, True, fault
+    kind: type[RunpollError] = ApiError
+    known: dict[str, Any] = {"http_status": status, "body": content[:500]}
+    advice = "try again later"
+    if isinstance(fault, _NO_ANSWER):
+        inner = fault = getattr(fault, "original_error", fault)  # of a proxy's
+        while nested := next((arg for arg in inner.args if isinstance(arg, BaseException)), None):
+            inner = nested
+        begun = not isinstance(fault, ConnectTimeoutError)
+        untrusted = isinstance(fault, SSLError) and isinstance(inner, ValueError)  # a certificate does not verify
+        kind, known = TransportError, {"sent": begun, "_transient": not untrusted}
+        what = f"no answer within {seconds:.3g} s" if "timed out" in str(inner) else _one_line(str(inner).rpartition(": ")[2])
+        advice = "check the host, or trust its certificate by pool=" if untrusted else advice
+    elif fault:
+        kind, cause, known["_transient"] = BadResponse, fault.__cause__, fault._transient
+        what, advice = f"answered HTTP {status}, but the answer {fault}", "check the base_url and the Api"
+    else:
+        begun, headers = status >= 500 or status == 408, response.headers
+        try:
+            said = _json(ask.clean(_dump(_json(content))))  # dumped, a key has no escapes to hide behind
+        except (BadResponse, RecursionError):
+            said = _one_line(content)
+        error = _error_info(said) or ErrorInfo(ask.clean(response.reason or "no text"))
+        request_id = headers.get("X-Request-Id") or headers.get("Request-Id") or _text(_dig(said, ["meta", "request_id"]))
+        known.update(error=error, request_id=request_id and ask.clean(request_id), retry_after=_retry_after(headers),
+                     _transient=status in _TRANSIENT)
+        what = f"answered HTTP {status}: {_one_line(error.message)}" + (f" (request {request_id})" if request_id else "")
+        if status < 400 and "Location" in headers:
+            what += f", to {headers['Location'].partition('?')[0]}"
+        advice = _ADVICE.get(status) or _ADVICE.get(status // 100, advice)
+    if ask.starts:
+        advice += "; a run may have begun: look before you start it again" if begun else "; no run has begun"
+    raised = kind(ask.clean(f"{ask.name}: {what}; {advice}"), params=ask.run, **known)
+    raised.__cause__ = link = cause
+    while link:
+        if ask.clean(str(link)) != str(link):
+            raised.__cause__ = None
+        link = link.__cause__ or link.__context__
+    return raised
+
+
+# ---- The session
+
+
+class Session:
+    """Speaks one API. A context manager; safe to share between threads, not across a fork.
+
+    Args:
+        api_key: the key, or a callable that returns it, asked for every attempt, possibly from several threads.
+        base_url: instead of the Api's.
+        request_timeout: seconds for one attempt, its connecting, headers and body included.
+        retries: of a call, after transient faults; an iteration has `max_outage`.
+        max_body: bytes that an answer may have.
+        pool: a ready PoolManager (a proxy, a private CA, mutual TLS), which `close()` leaves open, and each of whose
+            reads has `request_timeout`. Without one, HTTP_PROXY, HTTPS_PROXY and NO_PROXY are obeyed.
+        allow_http: lets the key go over plain http to other hosts than this one.
+        sleep, clock: for every wait. A `sleep` that returns True (`threading.Event().wait`) ends what waits.
+    """
+
+    def __init__(self, api: Api, api_key: str | Callable[[], str] | None = None, *, base_url: str | None = None,
+                 headers: Mapping[str, str] | None = None, request_timeout: float = 30.0, retries: int = 3,
+                 max_body: int = 16 * 2**20, pool: urllib3.PoolManager | None = None, allow_http: bool = False,
+                 sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = monotonic) -> None:
+        if not isinstance(api, Api):
+            raise TypeError(f"api has to be an Api, not {type(api).__name__}")
+        base = _base_url(base_url or api.base_url)
+        self._api = copy.copy(api)
+        vars(self._api).update(base_url=base.url)
+        self._ask_key = api_key if callable(api_key) else None
+        self._credentials = self._prove(None if callable(api_key) else api_key)
+        self._headers = {"Accept": "application/json", "User-Agent": f"runpoll/{__version__}", **_headers(headers)}
+        self._timeout = _checked("request_timeout", request_timeout, 0.001, 1e9)
+        self._retries, self._max_body = _checked("retries", retries), int(_checked("max_body", max_body))
+        self._sleep, self._clock = sleep, clock
+        self._closed, self._held_until, self._lock = False, -inf, threading.Lock()
+        self._unknown: set[str] = set()  # the status words that were warned of
+
+        proxy = None if pool else _proxy(base)
+        hops = [url.host or "" for url in (base, proxy) if url and base.scheme == "http"]
+        if api_key and not allow_http and not all(re.fullmatch(r"localhost|127(\.\d+){3}|\[::1\]", hop) for hop in hops):
+            raise ValueError("the key would go over plain http: use https, or allow_http=True if the network is yours")
+        self._origin, self._prefix = _origin(base), (base.path or "").rstrip("/")
+        self._pool, self._owned = pool or urllib3.PoolManager(maxsize=0), not pool  # 0: keep all that are needed
+        if proxy:
+            auth = make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy.auth else None
+            self._pool = urllib3.ProxyManager(proxy._replace(auth=None).url, maxsize=0, proxy_headers=auth)
+        self._send: Callable[..., Any] = self._pool.urlopen
+        if not pool:  # the host's own pool saves a fifth of a poll, and lets its connections be ours
+            host: Any = self._pool.connection_from_url(self._origin)
+            host.ConnectionCls = _HTTPS if host.scheme == "https" else _HTTP
+            self._send = host.urlopen
+        if pool or (proxy and base.scheme == "http"):
+            self._prefix = self._origin + self._prefix
+
+    def __repr__(self) -> str:
+        return f"Session({self._api.base_url!r})"
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. From then on the session raises RuntimeError."""
+        self._closed = True
+        if self._owned:
+            self._pool.clear()
+
+    def start(self, body: Any = None, *, request_timeout: float | None = None, headers: Mapping[str, str] | None = None,
+              idempotency_key: str | None = None, **params: str) -> RunState:
+        """Start a run with `body` as JSON, and return its first state; `params` fill the start template.
+
+        It is tried again only where no run can have begun (no connection was made, 429), or under an idempotency key; a
+        RunpollError says whether one may have. By default `request_timeout` is the session's or, when longer, what the
+        Api's `hold` says plus 10 seconds.
+        """
+        api, (path, status_path, _) = self._api, self._api._paths
+        place, _, name = api.idempotency.partition(":")
+        if not api.start or (idempotency_key is not None and not place):
+            raise ValueError(f"this Api has no {'idempotency keys' if api.start else 'start template'}")
+        if idempotency_key is not None and place == "header":
+            headers = {**(headers or {}), name: idempotency_key}
+        elif idempotency_key is not None:
+            body = {**(body or {}), name: idempotency_key}
+        held = api.hold(body) if api.hold and request_timeout is None else 0.0
+        if held:
+            request_timeout = max(self._timeout, held + _HOLD_MARGIN)
+        given = {key: str(value) for key, value in params.items() if key in status_path.names}
+
+        def read(content: bytes, answer: HTTPHeaderDict, status: int) -> RunState:
+            state = self._state(given, content, answer, status)
+            if status == 504 and (not state.status or state.phase is Phase.UNKNOWN):
+                raise BadResponse("has no state")
+            return _but(state, params={**given, **state.params})
+
+        ask = _Pursuit(self, path, params, read, body, headers, request_timeout, starts=True)
+        return self._call(ask)  # type: ignore[no-any-return]
+
+    def poll(self, run: _Run) -> RunState:
+        """One status request, for an id, path parameters, a RunState, or a status URL of the API's."""
+        return self._call(self._polls(run))  # type: ignore[no-any-return]
+
+    def cancel(self, run: _Run, body: Any = None) -> bool:
+        """Cancel a run, as `concurrent.futures.Future.cancel`: False when it had already ended otherwise.
+
+        An ApiError means that the API refuses, and the run is still active, or cannot be found either.
+        """
+        path = self._api._paths[2]
+        if not path.path:
+            raise ValueError("this Api has no cancel template")
+        if isinstance(run, RunState) and run.done:
+            return run.phase is Phase.CANCELLED
+        handle = self._api._handle(run)
+
+        def read(content: bytes, answer: HTTPHeaderDict, status: int) -> RunState | None:
+            with contextlib.suppress(BadResponse):
+                state = self._state(None, content, answer, status)
+                return state if state.id == handle["run_id"] else None
+            return None
+
+        state = refusal = None
+        try:
+            state = self._call(_Pursuit(self, path, {name: handle[name] for name in path.names}, read, body, run=handle))
+        except ApiError as error:
+            if error.http_status not in (404, 409, 410, 422):
+                raise
+            refusal = error
+        try:
+            state = state or self.poll(handle)
+        except ApiError as error:
+            if error.http_status != 404:
+                raise
+        if refusal and not (state and state.done):
+            raise refusal
+        return not (state and state.done) or state.phase is Phase.CANCELLED  # what is gone was cancelled
+
+    def request(self, method: str, path: str, body: Any = None, *, params: Mapping[str, str] | None = None,
+                request_timeout: float | None = None, headers: Mapping[str, str] | None = None) -> Any:
+        """Any other call of the API: the parsed JSON, None for an empty answer. `params` fill the template `path`.
+
+        POST and PATCH are tried again as a start is.
+        """
+        template = _Path(path, method.upper())
+        return self._call(_Pursuit(self, template, params or {}, _json, body, headers, request_timeout))
+
+    def _polls(self, run: _Run, **limits: Any) -> _Pursuit:
+        handle, handed = self._api._handle(run), run if isinstance(run, RunState) else None
+        read = functools.partial(self._state, handle)
+        return _Pursuit(self, self._api._paths[1], handle, read, run=handle, handed=handed, **limits)
+
+    def _state(self, params: dict[str, str] | None, content: bytes, headers: HTTPHeaderDict, status: int) -> RunState:
+        said = _json(content)
+        with _readable("read_state"):
+            return _but(self._api.read_state(said, params, headers, status))
+
+    def _call(self, ask: _Pursuit) -> Any:
+        """The answer to a direct call, with its waits."""
+        ask.retries, steps = self._retries, ask.answer(self._clock())
+        while True:
+            try:
+                until = next(steps)
+            except StopIteration as end:
+                return end.value
+            if self._nap(until):
+                raise ask.fault or TransportError(f"{ask.name}: not sent, as sleep() ended the wait", sent=False)
+
+    def _nap(self, until: float) -> bool:
+        """Wait until a point on the clock; true when `sleep` ends all."""
+        seconds = until - self._clock()
+        return seconds > 0 and self._sleep(seconds) is True
+
+    def _prove(self, key: str | None) -> tuple[str, dict[str, str]]:
+        """The key without white space, and the header that carries it."""
+        key = "" if key is None else str.strip(key)
+        return key, _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
+
+    def _attempt(self, ask: _Pursuit, seconds: float, renewed: bool = False) -> Any:
+        """One attempt; the one place that reaches the network. A key that was asked for may be refused once."""
+        if self._closed:
+            raise RuntimeError("the session is closed")
+        end = monotonic() + seconds
+        ask.key, auth = self._prove(self._ask_key()) if self._ask_key else self._credentials
+        if not ask.repeatable:
+            self._close_idle()
+        response: Any = None
+        body, fault = b"", None
+        try:
+            response = self._send(
+                ask.method, ask.target, body=ask.body, headers={**ask.headers, **auth}, timeout=urllib3.Timeout(total=seconds),
+                retries=_ONCE, redirect=False, assert_same_host=False, preload_content=False, enforce_content_length=True)
+            body = self._read(response)
+            if 200 <= response.status < 300 or (response.status == 504 and ask.starts):
+                return ask.read(body, response.headers, response.status)
+        except (BadResponse, *_NO_ANSWER) as caught:
+            if not isinstance(caught, BadResponse) or response.status < 300 or not caught._transient:
+                fault = caught
+        error = _error(ask, seconds, response, body, fault)
+        if renewed or not self._ask_key or getattr(error, "http_status", 0) != 401:
+            raise error  # here, where it has no context that shows what it hides
+        _log.warning("%s; asking for it again", error)
+        return self._attempt(ask, max(end - monotonic(), 0.001), renewed=True)
+
+    def _read(self, response: Any) -> bytes:
+        """The whole body, of at most `max_body` bytes."""
+        body, packed = bytearray(), "Content-Encoding" in response.headers
+        try:
+            if response.status < 200:
+                raise http.client.BadStatusLine("an interim answer alone")
+            while len(body) <= self._max_body and (piece := response.read(2**14 if packed else 2**16, packed)):
+                body += piece
+        finally:
+            if not response.isclosed():
+                response.close()  # the rest would be taken for the next answer
+            response.release_conn()
+        if len(body) > self._max_body:
+            raise BadResponse(f"is larger than max_body, {self._max_body} bytes", _transient=False)
+        return bytes(body)
+
+    def _close_idle(self) -> None:
+        """A connection long idle may be dead, which is learned too late for what is not sent again."""
+        host, kept = self._pool.connection_from_url(self._origin), []
+        with contextlib.suppress(queue.Empty):
+            while host.pool:
+                kept.append(host.pool.get(block=False))
+                if kept[-1] and monotonic() - getattr(kept[-1], "used_at", -inf) > _IDLE_MOST:
+                    kept[-1].close()
+        for connection in reversed(kept):
+            host._put_conn(connection)
+
+
+# ---- Following
+
+
+class _Pursuit:
+    """A request, tried until it is answered; a run, polled until it ends.
+
+    Its generators yield the points on the clock until which to wait: a call, an iteration or a batch does the waiting.
+    """
+
+    def __init__(self, session: Session, path: _Path, params: Mapping[str, Any], read: Callable[..., Any], body: Any = None,
+                 headers: Mapping[str, str] | None = None, request_timeout: float | None = None, *,
+                 run: dict[str, str] | None = None, starts: bool = False, max_outage: float | None = None,
+                 timeout: float | None = None, handed: RunState | None = None) -> None:
+        self.session, self.read, self.run, self.starts, self.handed = session, read, run, starts, handed
+        self.method, self.target = path.method, session._prefix + path.fill(params)
+        shown = f"{self.method} {self.target.partition('?')[0]}"
+        self.name = f"run {run['run_id']} ({shown})" if run else f"start ({shown})" if starts else shown
+        own = _headers(headers)
+        place, _, name = session._api.idempotency.partition(":")
+        keyed = name and (name.title() in own if place == "header" else isinstance(body, dict) and name in body)
+        self.repeatable = bool(run or keyed or self.method in _IDEMPOTENT)
+        self.headers = {**session._headers, **({} if body is None else {"Content-Type": "application/json"}), **own}
+        self.body = None if body is None else _dump(body).encode()
+        seconds = session._timeout if request_timeout is None else request_timeout
+        self.request_timeout = _checked("request_timeout", seconds, 0.001, 1e9)
+        self.max_outage = inf if max_outage is None else _checked("max_outage", max_outage)
+        self.timeout = inf if timeout is None else _checked("timeout", timeout, -inf)
+        self.begun = session._clock()
+        self.state: RunState | None = None
+        self.fault: RunpollError | None = None
+        self.key, self.retries, self.faults, self.polls, self.took, self.outage = "", inf, 0, 0, 0.0, inf
+
+    def clean(self, text: str) -> str:
+        """`text` without the key (three characters are none)."""
+        return text.replace(self.key, "[key]") if len(self.key) > 3 else text
+
+    def answer(self, due: float) -> Generator[float, None, Any]:
+        """The one retry loop: what the request is answered, tried first when it is `due`."""
+        session, self.faults, self.outage = self.session, 0, inf
+        while True:
+            yield from self.pause(due)
+            asked = session._clock()
+            try:
+                answer = session._attempt(self, min(self.request_timeout, self.begun + self.timeout - asked))
+            except RunpollError as fault:
+                self.fault, self.faults = fault, self.faults + 1
+                due = self.retry_at(fault, session._clock())
+            else:
+                self.fault, self.took = None, session._clock() - asked
+                phase, status = getattr(answer, "phase", None), self.clean(getattr(answer, "status", ""))
+                _log.debug("%s: %s, after %d faults", self.name, status or "answered", self.faults)
+                if phase is Phase.UNKNOWN and status not in session._unknown:
+                    session._unknown.add(status)
+                    _log.warning("%s: unknown status %r, taken as not ended; Api.phases may list it", self.name, status)
+                return answer
+
+    def pause(self, due: float) -> Generator[float, None, None]:
+        """Waits until `due`, or until one more poll just fits before the deadline; and while the session is held back."""
+        session, deadline = self.session, self.begun + self.timeout
+        now, last = session._clock(), deadline - max(_LAST_POLL, 2 * self.took)
+        due = last if now < last < due else due
+        while now < deadline and due < deadline:
+            yield min(max(due, session._held_until), deadline)
+            now = session._clock()
+            if now < deadline and max(due, session._held_until) - now < _TICK:
+                return
+        seen = f"last status {self.state.status!r}" if self.state else "no status seen"
+        raise PollTimeout(self.clean(
+            f"{self.name}: not ended within {self.timeout:g} s ({seen}); it goes on, and iter_status(session, error.params) "
+            "resumes it"), params=self.run, state=self.state) from self.fault
+
+    def retry_at(self, fault: RunpollError, now: float) -> float:
+        """When to try again after a fault, which is raised where that is never."""
+        status, after = getattr(fault, "http_status", 0), getattr(fault, "retry_after", None) or 0.0
+        direct = self.retries < inf
+        lagging = status == 404 and self.handed is not None and not self.polls and not direct
+        self.outage = self.outage if status == 429 else min(self.outage, now)  # 429 is no outage, and only delays
+        ends = inf if status == 429 else self.outage + (_REPLICA_LAG if lagging else self.max_outage)
+        unbegun = status == 429 or not getattr(fault, "sent", True)
+        hopeless = not (fault._transient or lagging) or not (self.repeatable or unbegun)
+        if hopeless or now >= ends or self.faults > self.retries or (direct and after > _RETRY_AFTER_MOST):
+            raise fault
+        backoff = min(_RETRY_FIRST * 2 ** min(self.faults - 1, 9) * random.uniform(0.9, 1.1), _RETRY_MOST, ends - now)
+        wait = min(after, _RETRY_AFTER_MOST) or backoff
+        if status == 429 or (status == 503 and after):
+            with self.session._lock:
+                self.session._held_until = max(self.session._held_until, now + wait)
+        _log.warning("%s; trying again in %.1f s", fault, wait)
+        return now + wait
+
+    def states(self, interval: Callable[[RunState, int], float]) -> Generator[float | RunState, None, None]:
+        """Every state, each preceded by the points on the clock until which to wait for it."""
+        answered = due = self.begun
+        first, state = None, self.handed
+        for waits in itertools.count():
+            if state is None:
+                state = yield from self.answer(due)
+                answered, self.polls = self.session._clock(), self.polls + 1
+            elapsed, share, eta = answered - self.begun, state.progress, None
+            if share is not None:
+                first = first or (share, elapsed)
+                if share > first[0] and elapsed > first[1]:
+                    eta = (1 - share) / ((share - first[0]) / (elapsed - first[1]))
+            self.state = state = _but(state, polls=self.polls, faults=self.faults, elapsed=elapsed, eta=eta)
+            yield state
+            if state.done:
+                return
+            due = answered + (min(state.retry_after or 0.0, _RETRY_AFTER_MOST) or interval(state, waits))
+            state = None
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """The default interval, a pure function of the state (and chance), so that one value serves many runs.
+
+    The seconds to wait grow from `initial` by `factor` a poll to `maximum`, give or take the share `jitter`. Where there
+    is an `eta` they are not above its share `pace`, though not cut below `initial`; while PAUSED they are `paused`.
+    """
+
+    initial: float = 1.0
+    factor: float = 1.3
+    maximum: float = 12.0
+    jitter: float = 0.1
+    pace: float | None = 0.7
+    paused: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _checked(name, 0.0 if name == "pace" and value is None else value, most=1.0 if name == "jitter" else inf)
+
+    def __call__(self, state: RunState) -> float:
+        chance = random.uniform(1 - self.jitter, 1 + self.jitter)
+        if state.phase is Phase.PAUSED:
+            return self.paused * chance
+        try:
+            wait = self.initial * self.factor ** max(0, state.polls - 1)
+        except OverflowError:
+            wait = self.maximum
+        wait = min(min(wait, self.maximum) * chance, self.maximum)
+        return wait if self.pace is None or state.eta is None else min(wait, max(self.pace * state.eta, self.initial))
+
+
+_Interval = Union[float, "Sequence[float]", Callable[[RunState], float]]
+
+
+def _waits(interval: _Interval) -> Callable[[RunState, int], float]:
+    """The seconds to wait after a state, for the how-manieth time."""
+    if callable(interval):
+        return lambda state, _: _checked("interval", interval(state), most=1e9)
+    numbers = [_checked("interval", number, most=1e9) for number in (interval if isinstance(interval, Sequence) else [interval])]
+    if not numbers:
+        raise ValueError("interval is an empty sequence")
+    return lambda state, index: numbers[min(index, len(numbers) - 1)]
+
+
+def iter_status(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
+                max_outage: float | None = 60.0) -> Generator[RunState, None, None]:
+    """Poll a run until it ends, and yield every state, the terminal one last.
+
+    Args:
+        run: an id, path parameters or a status URL, polled at once; or a RunState, which is yielded first.
+        interval: seconds from a good answer to the next poll: a number, a sequence whose last one repeats, or a
+            callable of the state. A Retry-After replaces it once.
+        timeout: seconds for all, from this call on; the last wait is cut so that one more poll fits.
+        max_outage: seconds for which faults are sat out, since the first after a good answer.
+
+    Raises:
+        PollTimeout: `iter_status(session, error.params)` takes the run up again.
+        RunpollError: a fault that does not pass.
+    """
+    return _drive(session, session._polls(run, timeout=timeout, max_outage=max_outage).states(_waits(interval)))
+
+
+def _drive(session: Session, steps: Generator[float | RunState, None, None]) -> Generator[RunState, None, None]:
+    for step in steps:
+        if isinstance(step, RunState):
+            yield step
+        elif session._nap(step):
+            return
+
+
+def wait(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
+         max_outage: float | None = 60.0) -> RunState:
+    """The last state of `iter_status`, with its arguments and errors; PollTimeout, too, when `sleep` ends it."""
+    state = None
+    for state in iter_status(session, run, interval=interval, timeout=timeout, max_outage=max_outage):
+        if state.done:
+            return state
+    raise PollTimeout("sleep() ended the wait; the run goes on", params=session._api._handle(run), state=state)
