@@ -13,30 +13,27 @@
 An `Api` says how one API speaks, a `Session` speaks it, each answer about a run is a `RunState`, a plain value, and
 `iter_status` yields them, so that the loop is yours; `state.params` is all that another process needs to go on.
 
-Nothing is global, no start is sent twice where the first may have begun a run, nothing is cancelled unless you say so.
-Faults that may pass are sat out, others are a `RunpollError`; wrong arguments are a ValueError or TypeError before any
-request. All times are seconds, and None is no limit.
+No start is sent twice where the first may have begun a run, nothing is cancelled unless you say so, nothing is global.
+Faults that may pass are sat out, others are a `RunpollError`. All times are seconds, and None is no limit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import email.utils
 import functools
+import heapq
 import http.client
 import io
 import itertools
 import logging
 import os
-import queue
 import random
 import re
 import socket
-import string
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
@@ -48,14 +45,14 @@ from urllib.parse import quote, unquote, urljoin
 import urllib3
 from urllib3._collections import HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, SSLError
 from urllib3.util import Url, make_headers, parse_url
 
 __version__ = "0.1.0"
 __all__ = [
     "RunpollError", "TransportError", "ApiError", "BadResponse", "PollTimeout", "RunFailed", "RunCancelled", "RunNotDone",
-    "Phase", "ErrorInfo", "RunState", "Api", "RAPIDFOLIO", "DOCLO", "DIBBY", "ONEPIN",
-    "Session", "Backoff", "iter_status", "wait",
+    "BatchError", "Phase", "ErrorInfo", "RunState", "Api", "RAPIDFOLIO", "DOCLO", "DIBBY", "ONEPIN",
+    "Session", "Backoff", "iter_status", "wait", "iter_batch",
 ]
 
 _IDEMPOTENT = {"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}  # RFC 9110 section 9.2.2
@@ -83,7 +80,7 @@ class RunpollError(Exception):
     _transient = False  # another try may fare better
 
     def __init__(self, text: str = "", **attributes: Any) -> None:
-        super().__init__(text)
+        super().__init__(_printable(text))
         self.__dict__.update(attributes)  # as pickle and copy restore them
 
 
@@ -113,9 +110,14 @@ class BadResponse(RunpollError):
 
 class PollTimeout(RunpollError, TimeoutError):
     """`timeout` ran out; what was followed goes on. `state` is the last seen.
+
+    Of a batch: `runs` are the params of those unfinished, `states` the last seen of them, `errors` as in BatchError.
     """
 
     state: RunState | None = None
+    runs: Sequence[dict[str, str]] = ()
+    states: Sequence[RunState] = ()
+    errors: Sequence[RunpollError] = ()
 
 
 class RunFailed(RunpollError):
@@ -134,6 +136,12 @@ class RunNotDone(RunpollError):
     """`state.result()` of a run that has not ended."""
 
     state: RunState
+
+
+class BatchError(RunpollError):
+    """The `errors` of a batch's runs, in their order, each with its `params`."""
+
+    errors: Sequence[RunpollError] = ()
 
 
 # ---- States
@@ -166,6 +174,7 @@ _VOCABULARY = {
     Phase.FAILED: "failed failure error errored timedout crashed expired",
     Phase.CANCELLED: "cancelled canceled aborted",
 }
+_PHASES = {word: phase for phase, words in _VOCABULARY.items() for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -234,10 +243,10 @@ class RunState:
         raise kind(f"run {self.id} {', '.join(filter(None, parts))}", params=self.params, state=self)
 
 
-def _but(state: RunState, **changes: Any) -> RunState:
+def _but(value: _T, **changes: Any) -> _T:
     """`dataclasses.replace` at a tenth of its cost."""
-    other = object.__new__(type(state))
-    vars(other).update(vars(state), **changes)
+    other = object.__new__(type(value))
+    vars(other).update(vars(value), **changes)
     return other
 
 
@@ -253,10 +262,10 @@ def _json(content: bytes | str, *_: object) -> Any:
         raise BadResponse("is not JSON") from None  # the cause would carry the content
 
 
-def _dump(value: Any) -> str:
+def _dump(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     import json
 
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _dig(value: Any, path: Sequence[str]) -> Any:
@@ -286,115 +295,118 @@ _ISO_8601 = r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(:\d\d)?(?:[.,](\d+))?)? ?(?:[
 
 def _instant(value: Any) -> datetime | None:
     """ISO 8601, or Unix time in seconds or milliseconds."""
-    try:
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if isinstance(value, datetime):
+            return value.astimezone(timezone.utc)
         if isinstance(value, str) and (found := re.fullmatch(_ISO_8601, value)):
             day, minute, second, fraction, hours, minutes = found.groups("")  # put together as Python 3.9 wants it
             moment = f"{day}T{minute or '00:00'}{second or ':00'}.{fraction[:6]:0<6}{hours or '+00'}:{minutes or '00'}"
             return datetime.fromisoformat(moment).astimezone(timezone.utc)
         if (number := _number(value)) is not None:
             return datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
-    except (ValueError, OverflowError, OSError):
-        pass
     return None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Retry-After (RFC 9110 section 10.2.3) in seconds; None when absent, not positive, or anything else."""
     text = headers.get("Retry-After", "")
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
         return float(text) or None
-    try:
-        date = email.utils.parsedate_tz(text) if text else None
-        return max(email.utils.mktime_tz(date) - time.time(), 0.0) or None if date else None
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
+    with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
+        if text:
+            return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0) or None
+    return None
 
 
 def _error_info(said: Any) -> ErrorInfo | None:
     """An error in whichever of the usual forms."""
-    while isinstance(said, dict) and isinstance(said.get("error"), dict):
-        said = said["error"]
+    said = {"errors": said} if isinstance(said, list) else said
+    while isinstance(said, dict) and (inner := next((said[n] for n in ("error", "detail") if isinstance(said.get(n), dict)), None)):
+        said = inner
+    if isinstance(said, ErrorInfo):
+        return said
     if not isinstance(said, dict):
-        return ErrorInfo(_word(said) or "no text", details=None if _word(said) else said) if said else None
-    faults = next((said[name] for name in ("detail", "errors") if isinstance(said.get(name), list)), ())
-    listed = "; ".join(_fault(fault) for fault in faults if isinstance(fault, dict))
+        return ErrorInfo(_word(said) or "no text") if said else None
+    faults = next((said[name] for name in ("detail", "errors", "error") if isinstance(said.get(name), list)), ())
     texts = [said.get(name) for name in ("message", "detail", "description", "title", "error")]
-    message: Any = next(filter(_text, (*texts, listed, *said.values())), "no text")
-    details = next((said[name] for name in ("details", "detail", "errors") if said.get(name) not in (None, message)), None)
+    message: Any = next(filter(_text, (*texts, "; ".join(map(_fault, faults)), *said.values())), "no text")
+    details = next((said[name] for name in ("details", "detail", "errors", "error") if said.get(name) not in (None, message)), None)
     code = _word(said.get("code")) or (_text(said.get("error")) if said.get("error") != message else None)
-    return ErrorInfo(message, code, _text(said.get("step")), details)
+    return ErrorInfo(message, code, _text(said.get("step")), details if details != code else None)
 
 
-def _fault(fault: dict[str, Any]) -> str:
+def _fault(fault: Any) -> str:
     """What a validation says, like {"loc": ["body", "text"], "msg": "field required"}."""
-    where, what = fault.get("loc", fault.get("field", "")), fault.get("msg", fault.get("message", ""))
-    return f"{'.'.join(map(str, where)) if isinstance(where, list) else where}: {what}"
+    if not isinstance(fault, dict):
+        return _text(fault) or ""
+    where, what = fault.get("loc") or fault.get("field"), fault.get("msg") or fault.get("message")
+    where = ".".join(map(str, where)) if isinstance(where, list) else where
+    return ": ".join(str(part) for part in (where, what) if part)
 
 
 def _one_line(text: str) -> str:
-    """The first line that is not blank, printable, of at most 200 characters."""
-    line = next(filter(None, map(str.strip, text.splitlines())), "")
-    return "".join(c if c.isprintable() else " " for c in line)[:200]
+    """The first line that is not blank, of at most 200 characters."""
+    return _printable(next(filter(None, map(str.strip, text.splitlines())), ""))[:200]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 # ---- How an API speaks
+
+
+_PARAMETER = re.compile(r"\\?\{\\?(\+?)([^\W\d]\w*)\\?\}")  # of a template, as it is or through re.escape
 
 
 class _Path:
     """A path template with its method, like "DELETE /jobs/{run_id}"."""
 
     def __init__(self, template: str, method: str = "POST") -> None:
-        named, _, self.path = template.rpartition(" ")
-        self.method = named or method
-        self.parts = [(literal, name or "") for literal, name, _, _ in string.Formatter().parse(self.path)]
-        self.names = {name.lstrip("+") for _, name in self.parts if name}
-        if template and not (self.path.startswith("/") and all(map(str.isidentifier, self.names))):
+        named, space, self.path = str.rpartition(template, " ")
+        rest = _PARAMETER.sub("", self.path)
+        if template and not (rest.startswith("/") and named.isalpha() == bool(space)) or "{" in rest or "}" in rest:
             raise ValueError(f"a path template is like '/jobs/{{run_id}}', not like {template!r}")
+        self.method = (named or method).upper()
+        names = [name for _, name in _PARAMETER.findall(self.path)]
+        self.names = set(names)
+        if len(names) > len(self.names):
+            raise ValueError(f"{template!r} names a parameter twice")
 
     def fill(self, params: Mapping[str, Any]) -> str:
         """The path, each value encoded whole, so that it cannot change the rest."""
         for wrong, names in (("missing", self.names - params.keys()), ("unknown", params.keys() - self.names)):
             if names:
                 raise TypeError(f"{wrong} path parameter {', '.join(sorted(names))} for {self.path!r}")
-        return "".join(literal + (self.encode(name, params[name.lstrip("+")]) if name else "") for literal, name in self.parts)
 
-    def encode(self, name: str, value: Any) -> str:
-        kept = "/" if name[0] == "+" else ""
-        if not isinstance(value, (str, int)):
-            raise TypeError(f"path parameter {name} is a string or an integer, not a {type(value).__name__}")
-        if not {"", ".", ".."}.isdisjoint(str(value).split(kept or "\0")):
-            raise ValueError(f"path parameter {name} may have no empty, '.' or '..' segment: {value!r}")
-        return quote(str(value), safe=kept)
+        def encoded(found: re.Match[str]) -> str:
+            name, kept = found[2], found[1] and "/"
+            if not isinstance(value := params[name], (str, int)):
+                raise TypeError(f"path parameter {name} is a string or an integer, not a {type(value).__name__}")
+            if not {"", ".", ".."}.isdisjoint(str(value).split(kept or "\0")):
+                raise ValueError(f"path parameter {name} may have no empty, '.' or '..' segment: {value!r}")
+            return quote(str(value), safe=kept)
 
-    def match(self, prefix: str, target: str) -> dict[str, str]:
-        """The parameters that make `target`."""
-        pattern = re.escape(prefix)
-        for literal, name in self.parts:
-            pattern += re.escape(literal)
-            pattern += f"(?P<{name.lstrip('+')}>[^?{'' if name[0] == '+' else '/'}]+)" if name else ""
-        found = re.fullmatch(pattern, target if "?" in self.path else target.partition("?")[0])
-        if not found:
-            raise ValueError(f"the status URL does not fit the status template {self.path!r}")
-        return {name: unquote(value) for name, value in found.groupdict().items()}
+        return _PARAMETER.sub(encoded, self.path)
 
 
 _Run = Union[str, "Mapping[str, Any]", RunState]
 _Field = Union[str, "Sequence[str]", Callable[[Any], Any]]
 
-# RunState field -> its converter, and where it stands in most APIs.
+# RunState field -> its converter, and where it stands in most APIs, in snake_case or camelCase.
 _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "id": (_word, "run_id runId id execution_id executionId job_id jobId task_id taskId"),
+    "id": (_word, "run_id id execution_id job_id task_id"),
     "status": (_word, "status state"),
     "output": (lambda value: value, "output outputs result results"),
-    "error": (lambda value: value, "error error_message errorMessage"),
-    "created_at": (_instant, "created_at createdAt created submitted_at submittedAt"),
-    "started_at": (_instant, "started_at startedAt start_time startTime"),
-    "completed_at": (_instant, "completed_at completedAt finished_at finishedAt ended_at endedAt end_time endTime"),
-    "duration": (_number, "duration_seconds durationSeconds"),
-    "steps_done": (_count, "steps_done stepsDone steps_completed stepsCompleted completed_steps completedSteps finished_steps"),
-    "steps_total": (_count, "steps_total stepsTotal total_steps totalSteps"),
+    "error": (lambda value: value, "error error_message"),
+    "created_at": (_instant, "created_at created submitted_at"),
+    "started_at": (_instant, "started_at start_time"),
+    "completed_at": (_instant, "completed_at finished_at ended_at end_time"),
+    "duration": (_number, "duration_seconds"),
+    "steps_done": (_count, "steps_done steps_completed completed_steps finished_steps"),
+    "steps_total": (_count, "steps_total total_steps"),
     "progress": (functools.partial(_number, most=1), "progress"),
-    "status_url": (_text, "status_url statusUrl"),
+    "status_url": (_text, "status_url"),
 }
 
 
@@ -408,8 +420,8 @@ class Api:
         start, cancel: path templates, "" for none; POST, unless one begins otherwise: "DELETE /jobs/{run_id}".
         root: dotted path to the object that holds the run.
         fields: RunState field -> a dotted path under `root`, a tuple of them (the first that is there), or a callable of
-            that object. What is left out stands under its usual names.
-        phases: status word -> Phase; only letters and digits count, in any case. What is left out means the usual.
+            that object. Others stand under their usual names.
+        phases: status word -> Phase; only letters and digits count, in any case. Others mean the usual.
         auth_header, auth_scheme: where the key goes; an empty scheme sends it bare.
         idempotency: where a start's idempotency key goes: "header:NAME", "body:NAME", or "".
         hold: from a start's body, the seconds for which the server may hold its connection.
@@ -429,43 +441,45 @@ class Api:
     _paths: ClassVar[tuple[_Path, _Path, _Path]]
     _phases: ClassVar[dict[str, Phase]]
     _places: ClassVar[dict[str, Any]]
+    _root: ClassVar[list[str]]
 
     def __post_init__(self) -> None:
         _base_url(self.base_url)
         start, status, cancel = paths = _Path(self.start), _Path(self.status, "GET"), _Path(self.cancel)
         reserved = {"self", "body", "request_timeout", "headers", "idempotency_key"}
         for wrong, rule in (
-            (self.fields.keys() - _FIELDS.keys(), f"fields may only name {', '.join(_FIELDS)}"),
+            (dict(self.fields).keys() - _FIELDS.keys(), f"fields may only name {', '.join(_FIELDS)}"),
             ({"run_id"} - status.names, "the status template has to name {run_id}"),
             (cancel.names - status.names, "the cancel template may only name what the status template names"),
             (start.names & reserved, "a start parameter may not be named like an argument of Session.start"),
         ):
             if wrong:
                 raise ValueError(f"{rule}: {', '.join(sorted(wrong))}")
-        if self.idempotency and not re.match("(header|body):.", self.idempotency):
+        place, _, name = str.partition(self.idempotency, ":")
+        if self.idempotency and (place not in ("header", "body") or name.split() != [name]):
             raise ValueError(f"idempotency is 'header:NAME' or 'body:NAME', not {self.idempotency!r}")
-        phases = {word: phase for phase, words in _VOCABULARY.items() for word in words.split()}
-        phases.update((_bare(word), Phase(phase)) for word, phase in self.phases.items())
-        places = {name: _place(self.fields.get(name) or usual.split()) for name, (_, usual) in _FIELDS.items()}
-        vars(self).update(_paths=paths, _phases=phases, _places=places)
+        phases = {**_PHASES, **{_bare(word): Phase(phase) for word, phase in dict(self.phases).items()}}
+        places = {**_USUAL, **{name: _place(where) for name, where in self.fields.items()}}
+        root = str.split(self.root, ".") if self.root else []
+        vars(self).update(_paths=paths, _phases=phases, _places=places, _root=root)
 
     def read_state(self, body: Any, params: Mapping[str, str] | None = None,
                    headers: Mapping[str, str] | None = None, http_status: int = 200) -> RunState:
         """The state in a parsed JSON answer, a webhook's too; a BadResponse without an id or a status.
 
-        For an API that no table can express, a subclass overrides it: it is called for every success answer to a start
-        and a poll. `body` is None for an empty answer; `params` are those that were asked with, in which a start's lack
-        `run_id`, or None for the id alone; `headers` are compared without regard to case.
+        A subclass overrides it for an API that no table can express: every success answer to a start and a poll comes
+        here, None for an empty one. `params` are those that were asked with (a start's lack `run_id`), None for the id
+        alone; `headers` are compared without regard to case.
         """
         headers = headers if isinstance(headers, HTTPHeaderDict) else HTTPHeaderDict(headers or {})
-        run = _dig(body, self.root.split(".")) if self.root else body
+        run = _dig(body, self._root)
         with _readable("a field of the Api"):
             found = {name: _first(run, place, _FIELDS[name][0]) for name, place in self._places.items()}
         asked: dict[str, Any] = dict(params or {})
         starts = params is not None and "run_id" not in asked
         if starts and not found["id"] and "Location" in headers:
             with contextlib.suppress(ValueError):  # it leads elsewhere
-                asked.update(self._from_url(urljoin(self.base_url + "/", headers["Location"])))
+                asked.update(self._from_url(urljoin(self.base_url + self._paths[0].path, headers["Location"])))
         found["id"] = found["id"] or asked.get("run_id")
         found["status"] = found["status"] or ("" if starts else None)
         if None in (found["id"], found["status"]):
@@ -491,10 +505,15 @@ class Api:
         return {name: str(value) for name, value in params.items()}
 
     def _from_url(self, url: str) -> dict[str, str]:
-        base, given = _base_url(self.base_url), parse_url(url)
+        base, given, path = _base_url(self.base_url), parse_url(url), self._paths[1].path
         if _origin(base) != _origin(given) or given.auth:
             raise ValueError(f"the status URL is not on the API's own origin, {_origin(base)}")
-        return self._handle(self._paths[1].match((base.path or "").rstrip("/"), given.request_uri))
+        pattern = re.escape((base.path or "").rstrip("/") + path)
+        pattern = _PARAMETER.sub(lambda found: f"(?P<{found[2]}>[^?&{'' if found[1] else '/'}]+)", pattern)
+        found = re.fullmatch(pattern, given.request_uri if "?" in path else given.request_uri.partition("?")[0])
+        if not found:
+            raise ValueError(f"the status URL does not fit the status template {path!r}")
+        return self._handle({name: unquote(value) for name, value in found.groupdict().items()})
 
 
 @contextlib.contextmanager
@@ -506,9 +525,18 @@ def _readable(where: str) -> Generator[None, None, None]:
         raise BadResponse(f"could not be read ({type(error).__name__} in {where})") from error
 
 
+def _spellings(names: str) -> list[str]:
+    """created_at is createdAt, too."""
+    camel = re.sub("_(.)", lambda found: found[1].upper(), names)
+    return [name for both in zip(names.split(), camel.split()) for name in dict.fromkeys(both)]
+
+
 def _place(where: _Field) -> Any:
     """A callable, or dotted paths, split."""
-    return where if callable(where) else [path.split(".") for path in ([where] if isinstance(where, str) else where)]
+    return where if callable(where) else [str.split(path, ".") for path in ([where] if isinstance(where, str) else where)]
+
+
+_USUAL = {name: _place(_spellings(usual)) for name, (_, usual) in _FIELDS.items()}
 
 
 def _first(run: Any, place: Any, convert: Callable[[Any], Any]) -> Any:
@@ -516,8 +544,7 @@ def _first(run: Any, place: Any, convert: Callable[[Any], Any]) -> Any:
     if callable(place):
         return convert(place(run))
     for path in place:
-        value = _dig(run, path)
-        if value is not None and (value := convert(value)) is not None:
+        if (value := _dig(run, path)) is not None and (value := convert(value)) is not None:
             return value
     return None
 
@@ -543,13 +570,16 @@ def _origin(url: Url) -> str:
 
 def _scaled(factor: float, *paths: str) -> Callable[[Any], float | None]:
     """Reads a number that is in another unit."""
-    place = _place(paths)
-    return lambda body: None if (number := _first(body, place, _number)) is None else number * factor
+    return functools.partial(_scale, factor, _place(paths))
 
 
-def _held(switch: str, on: object, milliseconds: str, usual: float) -> Callable[[Any], float]:
+def _scale(factor: float, place: Any, body: Any) -> float | None:
+    return None if (number := _first(body, place, _number)) is None else number * factor
+
+
+def _held(switch: str, on: object, milliseconds: str, usual: float, body: Any) -> float:
     """For how many seconds a start is held whose body has `on` at `switch`."""
-    return lambda body: (_scaled(0.001, milliseconds)(body) or usual) if _dig(body, switch.split(".")) == on else 0.0
+    return (_scaled(0.001, milliseconds)(body) or usual) if _dig(body, switch.split(".")) == on else 0.0
 
 
 RAPIDFOLIO = Api(
@@ -558,7 +588,7 @@ RAPIDFOLIO = Api(
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
     phases={"timeout": Phase.RUNNING},  # of a synchronous start that the server holds no longer
-    hold=_held("control.executionMode", "sync", "control.executionTimeout", 60.0),
+    hold=functools.partial(_held, "control.executionMode", "sync", "control.executionTimeout", 60.0),
 )
 DOCLO = Api(
     base_url="https://app.doclo.ai/api/v1",
@@ -572,7 +602,7 @@ DOCLO = Api(
         "progress": _scaled(0.01, "progress.percentage"),
     },
     idempotency="body:idempotencyKey",
-    hold=_held("wait", True, "timeout", 30.0),
+    hold=functools.partial(_held, "wait", True, "timeout", 30.0),
 )
 DIBBY = Api(base_url="https://dibby.ai/api", start="/runs", status="/runs/{run_id}", fields={"steps_total": "steps"})
 ONEPIN = Api(
@@ -624,10 +654,23 @@ class _HTTP(HTTPConnection):
     used_at = -inf
 
     def _new_conn(self) -> socket.socket:
-        begun = monotonic()
-        sock = super()._new_conn()
-        sock.settimeout(max((self.timeout or 0.0) - (monotonic() - begun), 0.001))  # what is left for TLS
-        return sock
+        """As urllib3 connects, but the host's addresses share the timeout, and leave what is left of it to TLS."""
+        host, timeout, addresses = self._dns_host, self.timeout or 0.0, [self._dns_host]
+        end = monotonic() + timeout
+        with contextlib.suppress(OSError, UnicodeError):  # which urllib3 then puts into its own words
+            addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, self.port, 0, socket.SOCK_STREAM)]
+        for left in range(len(addresses), 0, -1):
+            try:
+                self._dns_host, self.timeout = addresses[-left], max((end - monotonic()) / left, 0.001)
+                sock = super()._new_conn()
+                sock.settimeout(max(end - monotonic(), 0.001))
+                return sock
+            except HTTPError:
+                if left == 1:
+                    raise
+            finally:
+                self._dns_host, self.timeout = host, timeout
+        raise AssertionError("a host has an address")
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         self.used_at = monotonic()
@@ -656,14 +699,15 @@ def _proxy(base: Url) -> Url | None:
 
 def _headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     """`headers`, checked here because http.client would show a value that it refuses."""
-    for name, value in (headers or {}).items():
-        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+:[ -~\xa0-\xff]*", f"{name}:{value}", re.ASCII):
+    headers = dict(headers or {})
+    for name, value in headers.items():
+        if not (re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and re.fullmatch(r"[ -~\xa0-\xff]*", value)):
             raise ValueError(f"header {name!r} has a character that no header can carry")
-    return {name.title(): value for name, value in (headers or {}).items()}
+    return {name.title(): value for name, value in headers.items()}
 
 
 def _checked(name: str, value: Any, least: float = 0.0, most: float = inf) -> Any:
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} has to be a number, not {value!r}")
     if not least <= value <= most:
         raise ValueError(f"{name} has to be from {least:g} to {most:g}, not {value!r}")
@@ -672,18 +716,19 @@ def _checked(name: str, value: Any, least: float = 0.0, most: float = inf) -> An
 
 def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any) -> RunpollError:
     """What went wrong with an attempt, without the key, even where the API sent it back."""
-    content, status, begun, cause = ask.clean(body.decode("utf-8", "replace")), response and response.status, True, fault
-    kind: type[RunpollError] = ApiError
+    content, status = ask.clean(body.decode("utf-8", "replace")), response and response.status
     known: dict[str, Any] = {"http_status": status, "body": content[:500]}
-    advice = "try again later"
+    kind: type[RunpollError] = ApiError
+    begun, cause, advice = True, fault, "try again later"
     if isinstance(fault, _NO_ANSWER):
         inner = fault = getattr(fault, "original_error", fault)  # of a proxy's
         while nested := next((arg for arg in inner.args if isinstance(arg, BaseException)), None):
             inner = nested
-        begun = not isinstance(fault, ConnectTimeoutError)
         untrusted = isinstance(fault, SSLError) and isinstance(inner, ValueError)  # a certificate does not verify
+        refused = isinstance(fault, (ConnectTimeoutError, EmptyPoolError)) or "Tunnel connection failed" in str(inner)
+        begun = not untrusted and not refused
         kind, known = TransportError, {"sent": begun, "_transient": not untrusted}
-        what = f"no answer within {seconds:.3g} s" if "timed out" in str(inner) else _one_line(str(inner).rpartition(": ")[2])
+        what = f"no answer within {round(seconds, 2):g} s" if "timed out" in str(inner) else _one_line(str(inner).rpartition(": ")[2])
         advice = "check the host, or trust its certificate by pool=" if untrusted else advice
     elif fault:
         kind, cause, known["_transient"] = BadResponse, fault.__cause__, fault._transient
@@ -691,7 +736,10 @@ def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any
     else:
         begun, headers = status >= 500 or status == 408, response.headers
         try:
-            said = _json(ask.clean(_dump(_json(content))))  # dumped, a key has no escapes to hide behind
+            said = _json(content)
+            dumped = _dump(said)  # where a key has no escapes to hide behind
+            if ask.clean(dumped) != dumped:
+                known["body"], said = ask.clean(dumped)[:500], _json(ask.clean(dumped))
         except (BadResponse, RecursionError):
             said = _one_line(content)
         error = _error_info(said) or ErrorInfo(ask.clean(response.reason or "no text"))
@@ -725,8 +773,8 @@ class Session:
         request_timeout: seconds for one attempt, its connecting, headers and body included.
         retries: of a call, after transient faults; an iteration has `max_outage`.
         max_body: bytes that an answer may have.
-        pool: a ready PoolManager (a proxy, a private CA, mutual TLS), which `close()` leaves open, and each of whose
-            reads has `request_timeout`. Without one, HTTP_PROXY, HTTPS_PROXY and NO_PROXY are obeyed.
+        pool: a ready PoolManager (a proxy, a private CA, mutual TLS), which `close()` leaves open, and where each read
+            has `request_timeout`. None obeys HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
         allow_http: lets the key go over plain http to other hosts than this one.
         sleep, clock: for every wait. A `sleep` that returns True (`threading.Event().wait`) ends what waits.
     """
@@ -737,14 +785,14 @@ class Session:
                  sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = monotonic) -> None:
         if not isinstance(api, Api):
             raise TypeError(f"api has to be an Api, not {type(api).__name__}")
+        if not isinstance(pool, (urllib3.PoolManager, type(None))):
+            raise TypeError(f"pool has to be a urllib3.PoolManager, not {type(pool).__name__}")
         base = _base_url(base_url or api.base_url)
-        self._api = copy.copy(api)
-        vars(self._api).update(base_url=base.url)
-        self._ask_key = api_key if callable(api_key) else None
-        self._credentials = self._prove(None if callable(api_key) else api_key)
+        self._api = _but(api, base_url=base.url)
+        self._key = api_key if callable(api_key) else self._prove(api_key)
         self._headers = {"Accept": "application/json", "User-Agent": f"runpoll/{__version__}", **_headers(headers)}
         self._timeout = _checked("request_timeout", request_timeout, 0.001, 1e9)
-        self._retries, self._max_body = _checked("retries", retries), int(_checked("max_body", max_body))
+        self._retries, self._max_body = _checked("retries", retries, most=1e9), int(_checked("max_body", max_body, most=1e18))
         self._sleep, self._clock = sleep, clock
         self._closed, self._held_until, self._lock = False, -inf, threading.Lock()
         self._unknown: set[str] = set()  # the status words that were warned of
@@ -753,7 +801,8 @@ class Session:
         hops = [url.host or "" for url in (base, proxy) if url and base.scheme == "http"]
         if api_key and not allow_http and not all(re.fullmatch(r"localhost|127(\.\d+){3}|\[::1\]", hop) for hop in hops):
             raise ValueError("the key would go over plain http: use https, or allow_http=True if the network is yours")
-        self._origin, self._prefix = _origin(base), (base.path or "").rstrip("/")
+        self._origin = _origin(base)
+        self._prefix = (self._origin if pool or (proxy and hops) else "") + (base.path or "").rstrip("/")
         self._pool, self._owned = pool or urllib3.PoolManager(maxsize=0), not pool  # 0: keep all that are needed
         if proxy:
             auth = make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy.auth else None
@@ -763,8 +812,6 @@ class Session:
             host: Any = self._pool.connection_from_url(self._origin)
             host.ConnectionCls = _HTTPS if host.scheme == "https" else _HTTP
             self._send = host.urlopen
-        if pool or (proxy and base.scheme == "http"):
-            self._prefix = self._origin + self._prefix
 
     def __repr__(self) -> str:
         return f"Session({self._api.base_url!r})"
@@ -785,28 +832,31 @@ class Session:
               idempotency_key: str | None = None, **params: str) -> RunState:
         """Start a run with `body` as JSON, and return its first state; `params` fill the start template.
 
-        It is tried again only where no run can have begun (no connection was made, 429), or under an idempotency key; a
-        RunpollError says whether one may have. By default `request_timeout` is the session's or, when longer, what the
-        Api's `hold` says plus 10 seconds.
+        It is tried again only where no run can have begun (no connection was made, 429), or under an idempotency key; an
+        error says whether one may have. `request_timeout` None is the session's or, when longer, what `hold` says plus 10.
         """
         api, (path, status_path, _) = self._api, self._api._paths
-        place, _, name = api.idempotency.partition(":")
-        if not api.start or (idempotency_key is not None and not place):
-            raise ValueError(f"this Api has no {'idempotency keys' if api.start else 'start template'}")
-        if idempotency_key is not None and place == "header":
-            headers = {**(headers or {}), name: idempotency_key}
-        elif idempotency_key is not None:
-            body = {**(body or {}), name: idempotency_key}
-        held = api.hold(body) if api.hold and request_timeout is None else 0.0
-        if held:
+        if not api.start:
+            raise ValueError("this Api has no start template")
+        if idempotency_key is not None:
+            if not str.strip(idempotency_key):
+                raise ValueError("the idempotency key is empty")
+            place, _, name = api.idempotency.partition(":")
+            if place == "header":
+                headers = {**(headers or {}), name: idempotency_key}
+            elif place:
+                body = {**(body or {}), name: idempotency_key}
+            else:
+                raise ValueError("this Api has no idempotency keys")
+        if api.hold and request_timeout is None and (held := api.hold(body)):
             request_timeout = max(self._timeout, held + _HOLD_MARGIN)
-        given = {key: str(value) for key, value in params.items() if key in status_path.names}
+        given = {name: str(value) for name, value in params.items() if name in status_path.names}
 
         def read(content: bytes, answer: HTTPHeaderDict, status: int) -> RunState:
             state = self._state(given, content, answer, status)
             if status == 504 and (not state.status or state.phase is Phase.UNKNOWN):
                 raise BadResponse("has no state")
-            return _but(state, params={**given, **state.params})
+            return state
 
         ask = _Pursuit(self, path, params, read, body, headers, request_timeout, starts=True)
         return self._call(ask)  # type: ignore[no-any-return]
@@ -827,13 +877,14 @@ class Session:
             return run.phase is Phase.CANCELLED
         handle = self._api._handle(run)
 
-        def read(content: bytes, answer: HTTPHeaderDict, status: int) -> RunState | None:
+        def read(*answer: Any) -> RunState | None:
             with contextlib.suppress(BadResponse):
-                state = self._state(None, content, answer, status)
+                state = self._state(None, *answer)
                 return state if state.id == handle["run_id"] else None
             return None
 
-        state = refusal = None
+        state: RunState | None = None
+        refusal = None
         try:
             state = self._call(_Pursuit(self, path, {name: handle[name] for name in path.names}, read, body, run=handle))
         except ApiError as error:
@@ -845,9 +896,11 @@ class Session:
         except ApiError as error:
             if error.http_status != 404:
                 raise
-        if refusal and not (state and state.done):
+        if state and state.done:
+            return state.phase is Phase.CANCELLED
+        if refusal:
             raise refusal
-        return not (state and state.done) or state.phase is Phase.CANCELLED  # what is gone was cancelled
+        return True  # what is gone was cancelled
 
     def request(self, method: str, path: str, body: Any = None, *, params: Mapping[str, str] | None = None,
                 request_timeout: float | None = None, headers: Mapping[str, str] | None = None) -> Any:
@@ -855,29 +908,31 @@ class Session:
 
         POST and PATCH are tried again as a start is.
         """
-        template = _Path(path, method.upper())
-        return self._call(_Pursuit(self, template, params or {}, _json, body, headers, request_timeout))
+        template = _Path(f"{str.upper(method)} {path}")
+        return self._call(_Pursuit(self, template, dict(params or {}), _json, body, headers, request_timeout))
 
     def _polls(self, run: _Run, **limits: Any) -> _Pursuit:
-        handle, handed = self._api._handle(run), run if isinstance(run, RunState) else None
-        read = functools.partial(self._state, handle)
+        handle = self._api._handle(run)
+        read, handed = functools.partial(self._state, handle), run if isinstance(run, RunState) else None
         return _Pursuit(self, self._api._paths[1], handle, read, run=handle, handed=handed, **limits)
 
     def _state(self, params: dict[str, str] | None, content: bytes, headers: HTTPHeaderDict, status: int) -> RunState:
         said = _json(content)
-        with _readable("read_state"):
-            return _but(self._api.read_state(said, params, headers, status))
+        with _readable("read_state"):  # which may be a subclass's
+            state = self._api.read_state(said, params, headers, status)
+            handle = params if params and "run_id" in params else {"run_id": state.id, **(params or {}), **state.params}
+            return _but(state, status="" + state.status, phase=Phase(state.phase), params=dict(handle))
 
     def _call(self, ask: _Pursuit) -> Any:
         """The answer to a direct call, with its waits."""
         ask.retries, steps = self._retries, ask.answer(self._clock())
-        while True:
-            try:
-                until = next(steps)
-            except StopIteration as end:
-                return end.value
-            if self._nap(until):
-                raise ask.fault or TransportError(f"{ask.name}: not sent, as sleep() ended the wait", sent=False)
+        try:
+            while not self._nap(next(steps)):
+                pass
+        except StopIteration as end:
+            return end.value
+        begun = "; no run has begun" if ask.starts else ""
+        raise ask.fault or TransportError(f"{ask.name}: not sent, as sleep() ended the wait{begun}", params=ask.run, sent=False)
 
     def _nap(self, until: float) -> bool:
         """Wait until a point on the clock; true when `sleep` ends all."""
@@ -889,31 +944,26 @@ class Session:
         key = "" if key is None else str.strip(key)
         return key, _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
 
-    def _attempt(self, ask: _Pursuit, seconds: float, renewed: bool = False) -> Any:
-        """One attempt; the one place that reaches the network. A key that was asked for may be refused once."""
+    def _attempt(self, ask: _Pursuit, seconds: float) -> Any:
+        """One attempt; the one place that reaches the network."""
         if self._closed:
             raise RuntimeError("the session is closed")
-        end = monotonic() + seconds
-        ask.key, auth = self._prove(self._ask_key()) if self._ask_key else self._credentials
-        if not ask.repeatable:
+        ask.key, auth = self._prove(self._key()) if callable(self._key) else self._key
+        if ask.starts or not ask.repeatable:
             self._close_idle()
         response: Any = None
         body, fault = b"", None
         try:
             response = self._send(
                 ask.method, ask.target, body=ask.body, headers={**ask.headers, **auth}, timeout=urllib3.Timeout(total=seconds),
-                retries=_ONCE, redirect=False, assert_same_host=False, preload_content=False, enforce_content_length=True)
+                pool_timeout=seconds, retries=_ONCE, redirect=False, assert_same_host=False, preload_content=False, enforce_content_length=True)
             body = self._read(response)
             if 200 <= response.status < 300 or (response.status == 504 and ask.starts):
                 return ask.read(body, response.headers, response.status)
         except (BadResponse, *_NO_ANSWER) as caught:
             if not isinstance(caught, BadResponse) or response.status < 300 or not caught._transient:
                 fault = caught
-        error = _error(ask, seconds, response, body, fault)
-        if renewed or not self._ask_key or getattr(error, "http_status", 0) != 401:
-            raise error  # here, where it has no context that shows what it hides
-        _log.warning("%s; asking for it again", error)
-        return self._attempt(ask, max(end - monotonic(), 0.001), renewed=True)
+        raise _error(ask, seconds, response, body, fault)  # here, where it has no context that shows what it hides
 
     def _read(self, response: Any) -> bytes:
         """The whole body, of at most `max_body` bytes."""
@@ -933,14 +983,11 @@ class Session:
 
     def _close_idle(self) -> None:
         """A connection long idle may be dead, which is learned too late for what is not sent again."""
-        host, kept = self._pool.connection_from_url(self._origin), []
-        with contextlib.suppress(queue.Empty):
-            while host.pool:
-                kept.append(host.pool.get(block=False))
-                if kept[-1] and monotonic() - getattr(kept[-1], "used_at", -inf) > _IDLE_MOST:
-                    kept[-1].close()
-        for connection in reversed(kept):
-            host._put_conn(connection)
+        idle: Any = self._pool.connection_from_url(self._origin).pool
+        with idle.mutex:  # nobody takes one meanwhile
+            for connection in filter(None, idle.queue):
+                if monotonic() - getattr(connection, "used_at", -inf) > _IDLE_MOST:
+                    connection.close()
 
 
 # ---- Following
@@ -949,53 +996,56 @@ class Session:
 class _Pursuit:
     """A request, tried until it is answered; a run, polled until it ends.
 
-    Its generators yield the points on the clock until which to wait: a call, an iteration or a batch does the waiting.
+    Its generators yield the points on the clock until which a call, an iteration or a batch is to wait.
     """
 
     def __init__(self, session: Session, path: _Path, params: Mapping[str, Any], read: Callable[..., Any], body: Any = None,
                  headers: Mapping[str, str] | None = None, request_timeout: float | None = None, *,
-                 run: dict[str, str] | None = None, starts: bool = False, max_outage: float | None = None,
-                 timeout: float | None = None, handed: RunState | None = None) -> None:
+                 run: dict[str, str] | None = None, starts: bool = False, handed: RunState | None = None,
+                 begun: float = 0.0, timeout: float = inf, max_outage: float = inf) -> None:
         self.session, self.read, self.run, self.starts, self.handed = session, read, run, starts, handed
         self.method, self.target = path.method, session._prefix + path.fill(params)
         shown = f"{self.method} {self.target.partition('?')[0]}"
-        self.name = f"run {run['run_id']} ({shown})" if run else f"start ({shown})" if starts else shown
-        own = _headers(headers)
-        place, _, name = session._api.idempotency.partition(":")
-        keyed = name and (name.title() in own if place == "header" else isinstance(body, dict) and name in body)
+        self.name = f"run {_printable(run['run_id'])} ({shown})" if run else f"start ({shown})" if starts else shown
+        own, (place, _, name) = _headers(headers), session._api.idempotency.partition(":")
+        keyed = name and (own.get(name.title()) if place == "header" else isinstance(body, dict) and body.get(name))
         self.repeatable = bool(run or keyed or self.method in _IDEMPOTENT)
-        self.headers = {**session._headers, **({} if body is None else {"Content-Type": "application/json"}), **own}
-        self.body = None if body is None else _dump(body).encode()
-        seconds = session._timeout if request_timeout is None else request_timeout
-        self.request_timeout = _checked("request_timeout", seconds, 0.001, 1e9)
-        self.max_outage = inf if max_outage is None else _checked("max_outage", max_outage)
-        self.timeout = inf if timeout is None else _checked("timeout", timeout, -inf)
-        self.begun = session._clock()
+        self.body = None if body is None else _dump(body, allow_nan=False).encode()
+        self.headers = {**session._headers, **({"Content-Type": "application/json"} if self.body else {}), **own}
+        self.request_timeout = _checked(
+            "request_timeout", session._timeout if request_timeout is None else request_timeout, 0.001, 1e9)
+        self.begun, self.timeout, self.max_outage = begun, timeout, max_outage
         self.state: RunState | None = None
         self.fault: RunpollError | None = None
-        self.key, self.retries, self.faults, self.polls, self.took, self.outage = "", inf, 0, 0, 0.0, inf
+        self.key, self.retries, self.faults, self.polls, self.took = "", inf, 0, 0, 0.0
+        self.since: dict[bool, float] = {}  # when the first fault since a good answer was, a 404 that may pass apart
 
     def clean(self, text: str) -> str:
-        """`text` without the key (three characters are none)."""
-        return text.replace(self.key, "[key]") if len(self.key) > 3 else text
+        """`text` without the key, as it is or in JSON (three characters are none)."""
+        for form in (self.key, _dump(self.key)[1:-1]) if len(self.key) > 3 else ():
+            text = text.replace(form, "[key]")
+        return text
 
     def answer(self, due: float) -> Generator[float, None, Any]:
         """The one retry loop: what the request is answered, tried first when it is `due`."""
-        session, self.faults, self.outage = self.session, 0, inf
+        session, self.faults = self.session, 0
+        self.since.clear()
         while True:
             yield from self.pause(due)
             asked = session._clock()
             try:
-                answer = session._attempt(self, min(self.request_timeout, self.begun + self.timeout - asked))
+                left = self.begun + self.timeout - asked
+                answer = session._attempt(self, max(min(self.request_timeout, left), 0.001))
             except RunpollError as fault:
-                self.fault, self.faults = fault, self.faults + 1
+                self.faults += 1
                 due = self.retry_at(fault, session._clock())
+                self.fault = fault
             else:
                 self.fault, self.took = None, session._clock() - asked
                 phase, status = getattr(answer, "phase", None), self.clean(getattr(answer, "status", ""))
-                _log.debug("%s: %s, after %d faults", self.name, status or "answered", self.faults)
-                if phase is Phase.UNKNOWN and status not in session._unknown:
-                    session._unknown.add(status)
+                _log.debug("%s: %r, after %d faults", self.name, status, self.faults)
+                if phase is Phase.UNKNOWN and _bare(status) not in session._unknown:
+                    session._unknown.add(_bare(status))
                     _log.warning("%s: unknown status %r, taken as not ended; Api.phases may list it", self.name, status)
                 return answer
 
@@ -1003,27 +1053,34 @@ class _Pursuit:
         """Waits until `due`, or until one more poll just fits before the deadline; and while the session is held back."""
         session, deadline = self.session, self.begun + self.timeout
         now, last = session._clock(), deadline - max(_LAST_POLL, 2 * self.took)
-        due = last if now < last < due else due
-        while now < deadline and due < deadline:
-            yield min(max(due, session._held_until), deadline)
+        due = last if now + _TICK < last < due else due
+        while now < deadline - _TICK and due < deadline:
+            yield min(max(due, session._held_until), deadline)  # at least once: to ask when the next is due sends nothing
             now = session._clock()
-            if now < deadline and max(due, session._held_until) - now < _TICK:
+            if now < deadline - _TICK and max(due, session._held_until) - now < _TICK:
                 return
+        raise self.timed_out() from self.fault
+
+    def timed_out(self, what: str = "ended") -> PollTimeout:
         seen = f"last status {self.state.status!r}" if self.state else "no status seen"
-        raise PollTimeout(self.clean(
-            f"{self.name}: not ended within {self.timeout:g} s ({seen}); it goes on, and iter_status(session, error.params) "
-            "resumes it"), params=self.run, state=self.state) from self.fault
+        text = f"{self.name}: not {what} within {self.timeout:g} s ({seen}); it goes on, and iter_status(session, error.params)"
+        return PollTimeout(self.clean(f"{text} resumes it"), params=self.run, state=self.state)
 
     def retry_at(self, fault: RunpollError, now: float) -> float:
         """When to try again after a fault, which is raised where that is never."""
         status, after = getattr(fault, "http_status", 0), getattr(fault, "retry_after", None) or 0.0
-        direct = self.retries < inf
-        lagging = status == 404 and self.handed is not None and not self.polls and not direct
-        self.outage = self.outage if status == 429 else min(self.outage, now)  # 429 is no outage, and only delays
-        ends = inf if status == 429 else self.outage + (_REPLICA_LAG if lagging else self.max_outage)
-        unbegun = status == 429 or not getattr(fault, "sent", True)
-        hopeless = not (fault._transient or lagging) or not (self.repeatable or unbegun)
-        if hopeless or now >= ends or self.faults > self.retries or (direct and after > _RETRY_AFTER_MOST):
+        if status == 401 and callable(self.session._key) and getattr(self.fault, "http_status", 0) != 401:
+            self.retries += 1
+            _log.warning("%s; asking for it again", fault)
+            return now
+        lagging = status == 404 and self.handed is not None and not self.polls and self.retries == inf
+        ends, safe = inf, True
+        if status != 429:  # which is no outage, and only delays
+            self.since[lagging] = min(self.since.get(lagging, inf), now)
+            ends = self.since[lagging] + (_REPLICA_LAG if lagging else self.max_outage)
+            safe = self.repeatable or not getattr(fault, "sent", True)
+        late = now >= ends or self.faults > self.retries or (self.retries < inf and after > _RETRY_AFTER_MOST)
+        if late or not safe or not (fault._transient or lagging):
             raise fault
         backoff = min(_RETRY_FIRST * 2 ** min(self.faults - 1, 9) * random.uniform(0.9, 1.1), _RETRY_MOST, ends - now)
         wait = min(after, _RETRY_AFTER_MOST) or backoff
@@ -1034,29 +1091,29 @@ class _Pursuit:
         return now + wait
 
     def states(self, interval: Callable[[RunState, int], float]) -> Generator[float | RunState, None, None]:
-        """Every state, each preceded by the points on the clock until which to wait for it."""
+        """Every state, each after the points until which to wait for it."""
         answered = due = self.begun
-        first, state = None, self.handed
+        first = None
         for waits in itertools.count():
+            state = self.handed if not waits else None
             if state is None:
                 state = yield from self.answer(due)
                 answered, self.polls = self.session._clock(), self.polls + 1
             elapsed, share, eta = answered - self.begun, state.progress, None
             if share is not None:
                 first = first or (share, elapsed)
-                if share > first[0] and elapsed > first[1]:
-                    eta = (1 - share) / ((share - first[0]) / (elapsed - first[1]))
+                gained, taken = share - first[0], elapsed - first[1]
+                eta = (1 - share) / (gained / taken) if gained > 0 and taken > 0 else None
             self.state = state = _but(state, polls=self.polls, faults=self.faults, elapsed=elapsed, eta=eta)
             yield state
             if state.done:
                 return
             due = answered + (min(state.retry_after or 0.0, _RETRY_AFTER_MOST) or interval(state, waits))
-            state = None
 
 
 @dataclass(frozen=True)
 class Backoff:
-    """The default interval, a pure function of the state (and chance), so that one value serves many runs.
+    """The default interval, a pure function of the state (and chance), which serves any number of runs.
 
     The seconds to wait grow from `initial` by `factor` a poll to `maximum`, give or take the share `jitter`. Where there
     is an `eta` they are not above its share `pace`, though not cut below `initial`; while PAUSED they are `paused`.
@@ -1077,11 +1134,10 @@ class Backoff:
         chance = random.uniform(1 - self.jitter, 1 + self.jitter)
         if state.phase is Phase.PAUSED:
             return self.paused * chance
-        try:
-            wait = self.initial * self.factor ** max(0, state.polls - 1)
-        except OverflowError:
-            wait = self.maximum
-        wait = min(min(wait, self.maximum) * chance, self.maximum)
+        wait = self.maximum
+        with contextlib.suppress(OverflowError):
+            wait = min(self.initial * self.factor ** max(0, state.polls - 1), wait)
+        wait = min(wait * chance, self.maximum)
         return wait if self.pace is None or state.eta is None else min(wait, max(self.pace * state.eta, self.initial))
 
 
@@ -1107,13 +1163,23 @@ def iter_status(session: Session, run: _Run, *, interval: _Interval = Backoff(),
         interval: seconds from a good answer to the next poll: a number, a sequence whose last one repeats, or a
             callable of the state. A Retry-After replaces it once.
         timeout: seconds for all, from this call on; the last wait is cut so that one more poll fits.
-        max_outage: seconds for which faults are sat out, since the first after a good answer.
+        max_outage: seconds for which faults are sat out, from the first on.
 
     Raises:
         PollTimeout: `iter_status(session, error.params)` takes the run up again.
         RunpollError: a fault that does not pass.
     """
-    return _drive(session, session._polls(run, timeout=timeout, max_outage=max_outage).states(_waits(interval)))
+    pursuit = _following(session, timeout, max_outage)(run)
+    return _drive(session, pursuit.states(_waits(interval)))
+
+
+def _following(session: Session, timeout: float | None, max_outage: float | None) -> Callable[[_Run], _Pursuit]:
+    """Makes the pursuits of an iteration, whose clock starts here."""
+    if not hasattr(session, "_polls"):
+        raise TypeError(f"session has to be a Session, not {type(session).__name__}")
+    timeout = inf if timeout is None else _checked("timeout", timeout, -inf)
+    max_outage = inf if max_outage is None else _checked("max_outage", max_outage)
+    return functools.partial(session._polls, begun=session._clock(), timeout=timeout, max_outage=max_outage)
 
 
 def _drive(session: Session, steps: Generator[float | RunState, None, None]) -> Generator[RunState, None, None]:
@@ -1127,8 +1193,147 @@ def _drive(session: Session, steps: Generator[float | RunState, None, None]) -> 
 def wait(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
          max_outage: float | None = 60.0) -> RunState:
     """The last state of `iter_status`, with its arguments and errors; PollTimeout, too, when `sleep` ends it."""
-    state = None
-    for state in iter_status(session, run, interval=interval, timeout=timeout, max_outage=max_outage):
+    pursuit = _following(session, timeout, max_outage)(run)
+    for state in _drive(session, pursuit.states(_waits(interval))):
         if state.done:
             return state
-    raise PollTimeout("sleep() ended the wait; the run goes on", params=session._api._handle(run), state=state)
+    raise pursuit.timed_out("ended, when sleep() ended the wait,")
+
+
+# ---- Many runs at once
+
+
+def iter_batch(session: Session, runs: Iterable[_Run], *, timeout: float | None, interval: _Interval = Backoff(),
+               max_outage: float | None = 60.0, workers: int = 8) -> Generator[RunState, None, None]:
+    """Poll many runs until all have ended, and yield every state as it arrives, each run on its own schedule.
+
+    Runs and arguments are as in `iter_status`; `workers` requests, each in its thread, may be in flight.
+
+    Raises:
+        BatchError: at the end, for the runs that could not be followed; at once where the key is refused (401).
+        PollTimeout: `iter_batch(session, error.runs, timeout=...)` takes the rest up again.
+    """
+    if isinstance(runs, (str, Mapping)):
+        raise TypeError("runs has to be an iterable of runs; for one there is iter_status")
+    pursuits: dict[str, _Pursuit] = {}
+    for pursuit in map(_following(session, timeout, max_outage), runs):
+        pursuits.setdefault(pursuit.target, pursuit)
+    batch = _Batch(session, list(pursuits.values()), _waits(interval))
+    return batch.states(min(int(_checked("workers", workers, 1, 1e6)), len(pursuits)))
+
+
+class _Batch:
+    """Workers resume the pursuits that are due; the consumer takes the states that come of it, and waits."""
+
+    def __init__(self, session: Session, pursuits: list[_Pursuit], interval: Callable[[RunState, int], float]) -> None:
+        self.session, self.pursuits = session, pursuits
+        self.steps = [pursuit.states(interval) for pursuit in pursuits]
+        self.due = [(pursuit.begun, index) for index, pursuit in enumerate(pursuits)]  # a heap
+        self.ready: list[tuple[int, RunState]] = []
+        self.late: set[int] = set()
+        self.errors: dict[int, RunpollError] = {}
+        self.fatal: BaseException | None = None
+        self.busy, self.watched, self.stopped, self.closed = 0, False, False, False
+        lock = threading.RLock()
+        self.work, self.news = threading.Condition(lock), threading.Condition(lock)
+
+    def states(self, workers: int) -> Generator[RunState, None, None]:
+        threads = [threading.Thread(target=self.worker, daemon=True) for _ in range(workers)]
+        try:
+            for thread in threads:
+                thread.start()
+            while state := self.take():
+                yield state
+        finally:
+            with self.work:
+                self.closed = True
+                self.work.notify_all()
+        for thread in threads if not self.busy else ():
+            thread.join()
+        if self.stopped:
+            return
+        errors, late = [self.errors[index] for index in sorted(self.errors)], [self.pursuits[index] for index in sorted(self.late)]
+        if late and not self.refused():
+            raise PollTimeout(
+                f"{len(late)} of {len(self.pursuits)} runs not ended within {late[0].timeout:g} s, the first {late[0].name}; they "
+                "go on, and iter_batch(session, error.runs, timeout=...) resumes them",
+                runs=[pursuit.run for pursuit in late], states=[pursuit.state for pursuit in late if pursuit.state], errors=errors)
+        if errors:
+            first = "; ".join(map(str, errors[:3]))
+            raise BatchError(f"{len(errors)} of {len(self.pursuits)} runs could not be followed: {first}", errors=errors)
+
+    def refused(self) -> bool:
+        return any(getattr(error, "http_status", 0) == 401 for error in self.errors.values())
+
+    def take(self) -> RunState | None:
+        """The next state that has arrived, None when there will be no more."""
+        session = self.session
+        while True:
+            with self.news:
+                if self.fatal:
+                    raise self.fatal
+                if self.refused() or not (self.ready or self.busy or self.due):
+                    return None
+                if self.ready:
+                    index, state = self.ready.pop(0)
+                    if not state.done:
+                        self.put(index, self.resume(index))  # no more than when the next poll is due
+                    return state
+                until = self.due[0][0] if self.due else inf
+                overdue = until - session._clock() < _TICK
+                if overdue:
+                    self.work.notify()  # who waits may have slept through a leap of the clock
+                if overdue or self.busy:  # there is news to come
+                    self.stopped = session._sleep is not time.sleep and session._sleep(0.0) is True
+                    if not self.stopped:
+                        self.news.wait()
+                        continue
+            if self.stopped or session._nap(until):
+                self.stopped = True
+                return None
+            with self.work:
+                self.work.notify_all()
+
+    def worker(self) -> None:
+        with self.work:
+            while not self.closed:
+                wait = self.due[0][0] - self.session._clock() if self.due else inf
+                if wait < _TICK:
+                    index = heapq.heappop(self.due)[1]
+                    self.busy += 1
+                    self.work.notify()  # for another to watch the next
+                    self.work.release()
+                    try:
+                        step = self.resume(index)
+                    finally:
+                        self.work.acquire()
+                        self.busy -= 1
+                    self.put(index, step)
+                elif self.watched or not self.due:
+                    self.work.wait()
+                else:  # one watches the clock for all
+                    self.watched = True
+                    self.work.wait(wait)
+                    self.watched = False
+
+    def put(self, index: int, step: float | RunState | None) -> None:
+        if isinstance(step, RunState):
+            self.ready.append((index, step))
+        elif step is not None:
+            heapq.heappush(self.due, (step, index))
+            if self.due[0][1] == index:
+                self.work.notify_all()
+        self.news.notify()
+
+    def resume(self, index: int) -> float | RunState | None:
+        """What a pursuit yields next, None when it is over."""
+        try:
+            return next(self.steps[index], None)
+        except PollTimeout:
+            self.late.add(index)
+        except RunpollError as error:
+            self.errors[index] = error
+            _log.warning("%s; the others go on", error)
+        except BaseException as error:  # noqa: BLE001  # the consumer raises it
+            self.fatal = error
+        return None

@@ -23,6 +23,8 @@ import os
 import pathlib
 import pickle
 import re
+import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -33,12 +35,13 @@ import textwrap
 import threading
 import time
 import traceback
+import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -49,12 +52,14 @@ from runpoll import (
     Api,
     ApiError,
     BadResponse,
+    BatchError,
     ErrorInfo,
     Phase,
     PollTimeout,
     RunState,
     Session,
     TransportError,
+    iter_batch,
     iter_status,
     wait,
 )
@@ -122,7 +127,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 class _HTTPServer(http.server.ThreadingHTTPServer):
     daemon_threads = False  # so that server_close() joins them
-    tls: Optional[ssl.SSLContext] = None
+    tls: ssl.SSLContext | None = None
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         if not self.tls:
@@ -138,7 +143,7 @@ class _HTTPServer(http.server.ThreadingHTTPServer):
 class Server:
     """Gives its answers one after the other, the last one again and again, and keeps what it received."""
 
-    def __init__(self, *answers: Any, port: int = 0, tls: Optional[ssl.SSLContext] = None) -> None:
+    def __init__(self, *answers: Any, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
         self.answers = list(answers)
         self.requests: list[Request] = []
         self.closing = threading.Event()
@@ -178,7 +183,7 @@ class Server:
 Answer = Callable[[_Handler], None]
 
 
-def answer(body: Any = None, status: int = 200, headers: Optional[Mapping[str, str]] = None) -> Answer:
+def answer(body: Any = None, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
     """An ordinary answer: JSON, or bytes as they are; None is an empty body."""
     content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
 
@@ -299,7 +304,7 @@ class Simulator(Server):
              "dibby": ("PENDING", "RUNNING", "FINISHED"), "onepin": ("pending", "running", "completed")}
     INVOICE = {"invoiceNumber": "INV-2025-001", "totalAmount": 1234.56, "vendor": "Acme Corp"}
 
-    def __init__(self, *, stages: int = 4, step: Optional[float] = None, port: int = 0) -> None:
+    def __init__(self, *, stages: int = 4, step: float | None = None, port: int = 0) -> None:
         super().__init__(port=port)
         self.plans: dict[str, list[str]] = {}  # API -> the words of the runs to come, where not the usual ones
         self.stages, self.step = stages, step
@@ -2430,6 +2435,836 @@ def test_a_starts_error_concerns_no_run_and_says_whether_one_may_have_begun(lab)
         with pytest.raises(error, match="/jobs") as caught:
             session.start({})
         assert caught.value.params is None and ("may have begun" in str(caught.value)) is begun
+
+
+def test_a_start_over_a_connection_of_unknown_age_takes_a_fresh_one(lab):
+    pool = urllib3.PoolManager()
+    session = lab.open(run(), run(), pool=pool)
+    session.poll("r1")
+    session.start({})
+    session.poll("r1")
+    assert [request.connection for request in lab.server.requests] == [1, 2, 2]
+    pool.clear()
+
+
+def test_a_start_right_after_another_request_keeps_its_connection(lab):
+    session = lab.open(run(), run())
+    session.poll("r1")
+    session.start({})
+    assert [request.connection for request in lab.server.requests] == [1, 1]
+
+
+# ---- Many runs at once
+
+
+class Fleet(Server):
+    """Many runs, each with answers of its own, the last one again and again; it keeps when each was asked for.
+
+    An answer is a status word, a body, or whatever `Server` takes. `limit` is (requests, seconds): so many a window.
+    """
+
+    def __init__(self, clock: Callable[[], float], plans: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.clock, self.begun = clock, clock()
+        self.plans = {name: [plan] if isinstance(plan, (str, int)) else list(plan) for name, plan in plans.items()}
+        self.asked: list[tuple[float, str]] = []
+        self.refusals: list[tuple[float, float]] = []  # when, and the Retry-After
+        self.limit: tuple[int, float] | None = None
+        self.meanwhile: Callable[[str], object] = lambda name: None  # what else happens while a request is in flight
+        self.flying = self.most = 0
+        self.threads: set[threading.Thread] = set()
+        self.others = set(threading.enumerate())
+
+    def opened(self, connection: socket.socket) -> int:
+        self.threads.add(threading.current_thread())
+        return super().opened(connection)
+
+    def respond(self, request: Request) -> Callable[[_Handler], None]:
+        name = unquote(request.path.rpartition("/")[2])
+        with self._lock:
+            now = round(self.clock() - self.begun, 3)
+            self.requests.append(request)
+            self.asked.append((now, name))
+            self.flying += 1
+            self.most = max(self.most, self.flying)
+            item = self.choose(name, now)
+
+        def send(handler: _Handler) -> None:
+            try:
+                self.meanwhile(name)
+            finally:
+                with self._lock:
+                    self.flying -= 1
+            item(handler)
+
+        return send
+
+    def choose(self, name: str, now: float) -> Callable[[_Handler], None]:
+        if self.limit and len(self.asked) - len(self.refusals) > self.taken(now) + self.limit[0]:
+            self.refusals.append((now, self.limit[1] - now % self.limit[1]))
+            return answer({"error": "slow down"}, 429, {"Retry-After": f"{self.refusals[-1][1]:.3f}"})
+        plan = self.plans[name]
+        item = plan.pop(0) if len(plan) > 1 else plan[0]
+        if callable(item):
+            return item  # type: ignore[no-any-return]
+        if isinstance(item, (int, bytes)):
+            return answer({"error": f"no. {item}"}, item) if isinstance(item, int) else answer(item)
+        return answer({"id": name, **({"status": item} if isinstance(item, str) else item)})
+
+    def taken(self, now: float) -> int:
+        """How many requests were let through in the windows before."""
+        assert self.limit
+        start = now - now % self.limit[1]
+        return sum(at < start for at, _ in self.asked) - sum(at < start for at, _ in self.refusals)
+
+    def times(self, name: str) -> list[float]:
+        return [now for now, asked in self.asked if asked == name]
+
+    def clients(self) -> set[threading.Thread]:
+        """The threads that are neither the test's nor the server's."""
+        return set(threading.enumerate()) - self.others - {self._thread} - self.threads
+
+
+def fleet(lab: Lab, plans: Mapping[str, Any], key: Any = KEY, **options: Any) -> tuple[Fleet, Session]:
+    opened = lab.enter(Fleet(options.get("clock", lab.clock), plans))
+    return opened, lab.session(key=key, base_url=opened.url, **options)
+
+
+def becomes_true(condition: Callable[[], object]) -> bool:
+    for _ in range(1000):
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def handed(name: str, status: str = "running") -> RunState:
+    return ORDINARY.read_state({"id": name, "status": status})
+
+
+def slept(lab: Lab) -> list[float]:
+    return [round(nap, 3) for nap in lab.naps if nap > 0]
+
+
+def test_the_states_of_many_runs_arrive_and_end(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["queued", "running", "done"], "b": ["done"], "c": ["running", "failed"]})
+    states = list(iter_batch(session, ["a", "b", "c"], timeout=300, interval=1))
+    assert {name: [state.status for state in states if state.id == name] for name in "abc"} == {
+        "a": ["queued", "running", "done"], "b": ["done"], "c": ["running", "failed"]}
+    assert [state.params for state in states if state.done] == [{"run_id": "b"}, {"run_id": "c"}, {"run_id": "a"}]
+    assert all(request.headers["Authorization"] == f"Bearer {KEY}" for request in server.requests)
+
+
+def test_each_run_of_a_batch_has_its_own_schedule(lab: Lab) -> None:
+    plan = ["running", "running", "running", "done"]
+    server, session = fleet(lab, {"a": plan, "b": plan, "c": plan})
+    waits = {"a": 1.0, "b": 2.5, "c": 4.0}
+    states = list(iter_batch(session, list(waits), timeout=300, interval=lambda state: waits[state.id]))
+    assert [server.times(name) for name in waits] == [[0, 1, 2, 3], [0, 2.5, 5, 7.5], [0, 4, 8, 12]]
+    for name in waits:
+        of_it = [state for state in states if state.id == name]
+        assert [state.polls for state in of_it] == [1, 2, 3, 4]
+        assert [state.elapsed for state in of_it] == pytest.approx(server.times(name))
+    assert [state.elapsed for state in states] == sorted(state.elapsed for state in states)
+
+
+def test_a_sequence_of_intervals_is_counted_by_run(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running"] * 3 + ["done"], "b": ["running", 503, "running", "done"]})
+    assert len(list(iter_batch(session, ["a", "b"], timeout=300, interval=[1, 10, 3]))) == 7
+    assert server.times("a") == [0, 1, 11, 14]
+    assert [at for at in server.times("b") if at != server.times("b")[2]] == [0, 1, pytest.approx(11.5, abs=0.11)]
+
+
+def test_a_retry_after_on_a_good_answer_replaces_the_interval_of_its_run_once(lab: Lab) -> None:
+    later = answer({"id": "a", "status": "running"}, 200, {"Retry-After": "7"})
+    server, session = fleet(lab, {"a": [later, "running", "done"], "b": ["running", "running", "done"]})
+    list(iter_batch(session, ["a", "b"], timeout=300, interval=2))
+    assert (server.times("a"), server.times("b")) == ([0, 7, 9], [0, 2, 4])
+
+
+@pytest.mark.parametrize("plan", [
+    ["queued", "running", "done"], ["done"], [answer({}, 503, {"Retry-After": "3"}), "running", "done"],
+    [answer({}, 429, {"Retry-After": "9"}), "running", answer(b"<html>", 503, {"Retry-After": "4"}), "failed"],
+])
+def test_a_batch_of_one_is_what_iter_status_yields(lab: Lab, plan: list[Any]) -> None:
+    _, session = fleet(lab, {"a": plan})
+    alone = list(iter_status(session, "a", interval=[1, 2]))
+    naps, lab.clock.naps = slept(lab), []
+    _, session = fleet(lab, {"a": plan})
+    batch = list(iter_batch(session, ["a"], timeout=300, interval=[1, 2]))
+    assert [dataclasses.astuple(state) for state in batch] == [dataclasses.astuple(state) for state in alone]
+    assert slept(lab) == naps
+
+
+@pytest.mark.parametrize("runs", [[], (), iter(()), {}.keys()])
+def test_a_batch_of_no_runs_ends_at_once(lab: Lab, runs: Any) -> None:
+    server, session = fleet(lab, {})
+    assert list(iter_batch(session, runs, timeout=300)) == []
+    assert server.requests == [] and slept(lab) == []
+
+
+def test_a_run_given_twice_is_followed_once(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running", "done"], "b": ["done"]})
+    runs = ["a", {"run_id": "a"}, "b", f"{server.url}/jobs/a", handed("a"), "a"]
+    states = list(iter_batch(session, runs, timeout=300, interval=1))
+    assert sorted((state.id, state.status) for state in states) == [("a", "done"), ("a", "running"), ("b", "done")]
+    assert (server.times("a"), server.times("b")) == ([0, 1], [0])
+
+
+def test_a_state_handed_to_a_batch_is_yielded_first_and_polled_an_interval_later(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["done"], "b": ["done"]})
+    states = list(iter_batch(session, [handed("a"), "b"], timeout=300, interval=5))
+    assert [(state.status, state.polls, state.elapsed) for state in states if state.id == "a"] == [
+        ("running", 0, 0.0), ("done", 1, pytest.approx(5.0))]
+    assert (server.times("a"), server.times("b")) == ([5], [0])
+
+
+def test_states_that_have_ended_cost_a_batch_nothing(lab: Lab) -> None:
+    server, session = fleet(lab, {})
+    states = list(iter_batch(session, [handed(f"r{i}", "done") for i in range(20)], timeout=300))
+    assert sorted(state.id for state in states) == sorted(f"r{i}" for i in range(20))
+    assert server.requests == [] and slept(lab) == []
+
+
+def test_the_runs_of_a_batch_are_drained_at_the_call(lab: Lab) -> None:
+    _, session = fleet(lab, {"a": "done", "b": "done"})
+    names = iter(["a", "b"])
+    states = iter_batch(session, names, timeout=300)
+    assert list(names) == []
+    assert sorted(state.id for state in states) == ["a", "b"]
+
+
+@pytest.mark.parametrize("runs, options, error", [
+    ("r1", {}, TypeError), ({"run_id": "r1"}, {}, TypeError), (None, {}, TypeError), (handed("r1"), {}, TypeError),
+    (7, {}, TypeError), ([7], {}, TypeError), ([None], {}, TypeError), (["r1", ""], {}, ValueError),
+    (["r1", ".."], {}, ValueError),
+    (["r1", {"job": "r2"}], {}, TypeError), ([{"run_id": "r1", "more": "x"}], {}, TypeError),
+    (["http://elsewhere.example/jobs/r1"], {}, ValueError),
+    (["r1"], {"workers": 0}, ValueError), (["r1"], {"workers": -1}, ValueError), (["r1"], {"workers": "8"}, TypeError),
+    ([], {"workers": 0}, ValueError), ([], {"interval": -1}, ValueError),
+    (["r1"], {"interval": -1}, ValueError), (["r1"], {"interval": math.nan}, ValueError),
+    (["r1"], {"interval": []}, ValueError), (["r1"], {"interval": [1, -1]}, ValueError),
+    (["r1"], {"interval": None}, TypeError),
+    (["r1"], {"timeout": math.nan}, ValueError), (["r1"], {"timeout": "5"}, TypeError),
+    (["r1"], {"max_outage": -1}, ValueError), (["r1"], {"max_outage": math.nan}, ValueError),
+])
+def test_wrong_arguments_of_a_batch_are_refused_at_the_call(lab: Lab, runs: Any, options: Any, error: Any) -> None:
+    session = lab.open(DONE)
+    with pytest.raises(error):
+        iter_batch(session, runs, **{"timeout": 300, **options})
+    assert lab.requests == []
+
+
+def test_a_batch_has_no_timeout_of_its_own(lab: Lab) -> None:
+    with pytest.raises(TypeError, match="timeout"):
+        iter_batch(lab.open(DONE), ["r1"])  # type: ignore[call-arg]
+
+
+def test_workers_bound_the_requests_in_flight_the_threads_and_the_connections(lab: Lab) -> None:
+    names = [f"r{i}" for i in range(24)]
+    server, session = fleet(lab, {name: ["running", "done"] for name in names})
+    together = threading.Barrier(4)
+    server.meanwhile = lambda name: together.wait(5)  # so that four are in flight again and again
+    counts = []
+    for _ in iter_batch(session, names, timeout=300, interval=1, workers=4):
+        counts.append(set(threading.enumerate()))
+    most = max(len(seen - server.others - {server._thread} - server.threads) for seen in counts)
+    assert server.most == 4 and most <= 4 and len({request.connection for request in server.requests}) <= 4
+    assert len(counts) == 48 and becomes_true(lambda: not server.clients())
+
+
+def test_there_are_no_more_threads_than_runs(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running", "done"], "b": ["running", "done"]})
+    seen = [set(threading.enumerate()) for _ in iter_batch(session, ["a", "b"], timeout=300, interval=1, workers=50)]
+    assert 0 < max(len(threads - server.others - {server._thread} - server.threads) for threads in seen) <= 2
+
+
+def test_a_batch_that_waits_does_nothing(lab: Lab) -> None:
+    calls = []
+
+    def clock() -> float:
+        calls.append(1)
+        return time.monotonic()
+
+    server, session = fleet(lab, {f"r{i}": ["running", "done"] for i in range(8)}, sleep=briefly, clock=clock)
+    assert len(list(iter_batch(session, list(server.plans), timeout=30, interval=0.2))) == 16
+    assert len(calls) < 1500  # in 0.2 s a loop that asks again and again makes a hundred thousand
+
+
+def test_time_that_the_body_takes_is_part_of_the_interval_of_a_batch(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running", "running", "done"]})
+    begun = time.monotonic()
+    for _ in iter_batch(session, ["a"], timeout=300, interval=2):
+        time.sleep(0.01)  # the workers are at rest by now
+        lab.clock.now += 3
+    assert server.times("a") == [0, 3, 6] and slept(lab) == []
+    assert time.monotonic() - begun < 1.5, "it waited by another clock than the session's"
+
+
+def test_a_sleep_that_returns_early_is_slept_again_in_a_batch(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running", "done"]}, sleep=lambda seconds: lab.clock.sleep(min(seconds, 0.4)))
+    assert len(list(iter_batch(session, ["a"], timeout=300, interval=1))) == 2
+    assert server.times("a") == [0, 1] and slept(lab) == [0.4, 0.4, 0.2]
+
+
+# What the answers of a broken run are, and the error that it is.
+BROKEN: list[tuple[Any, str, Any, str]] = [
+    (404, "ApiError", 404, "404"), (500, "ApiError", 500, "500"), (b"<html>", "BadResponse", 200, "not JSON"),
+    (403, "ApiError", 403, "403"), (reset, "TransportError", None, ""),
+    (answer(None, 302, {"Location": "https://elsewhere.example/"}), "ApiError", 302, "302"),
+]
+
+
+def test_of_500_runs_the_broken_ones_are_listed_at_the_end_and_the_others_delivered(lab: Lab) -> None:
+    names = [f"r{i}" for i in range(500)]
+    broken = dict(zip(names[7::20], itertools.cycle(BROKEN)))
+    server, session = fleet(lab, {name: [broken[name][0]] if name in broken else ["running", "done"] for name in names})
+    states = []
+    with pytest.raises(BatchError) as caught:
+        states.extend(iter_batch(session, names, timeout=600, interval=1, max_outage=2))
+    assert len(broken) == 25 and len(states) == 950
+    assert {state.id for state in states if state.ok} == set(names) - set(broken)
+    errors = caught.value.errors
+    assert [error.params for error in errors] == [{"run_id": name} for name in broken]
+    assert [(type(error).__name__, getattr(error, "http_status", None)) for error in errors] == [
+        (kind, status) for _, kind, status, _ in broken.values()]
+    assert all(part in str(error) for error, (_, _, _, part) in zip(errors, broken.values()))
+    text = str(caught.value)
+    assert "25" in text and "500" in text and "r7 " in text and "r27 " in text and "r487" not in text
+    assert len({request.connection for request in server.requests}) <= 50, "connections are not kept"
+    assert isinstance(caught.value, runpoll.RunpollError) and caught.value.params is None
+
+
+def test_a_broken_run_is_logged_as_it_happens(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    _, session = fleet(lab, {"a": [404], "b": ["running", "done"]})
+    with pytest.raises(BatchError):
+        for state in iter_batch(session, ["a", "b"], timeout=300, interval=1):
+            if state.polls == 2:
+                of_a = [record for record in caplog.records if "run a " in record.getMessage()]
+                assert [(record.name, record.levelno) for record in of_a] == [("runpoll", logging.WARNING)]
+                assert "404" in of_a[0].getMessage()
+                break
+        else:
+            raise AssertionError("the other run was not followed")
+        raise BatchError
+
+
+@pytest.mark.parametrize("fault", [500, b"<html>", reset, answer(None)])
+def test_the_faults_of_one_run_delay_no_other(lab: Lab, fault: Any) -> None:
+    plans = {"a": [fault] * 5 + ["done"], "b": ["running"] * 6 + ["done"], "c": ["running"] * 3 + ["done"]}
+    server, session = fleet(lab, plans)
+    states = list(iter_batch(session, ["a", "b", "c"], timeout=300, interval=1, workers=1))
+    assert (server.times("b"), server.times("c")) == ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3])
+    assert [(state.status, state.faults) for state in states if state.id == "a"] == [("done", 5)]
+
+
+def test_a_request_that_hangs_delays_no_other_run(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["done"], "b": ["running", "running", "done"]}, **REAL)
+    finished = threading.Event()
+    server.meanwhile = lambda name: name == "b" or finished.wait(5)
+    ends = []
+    for state in iter_batch(session, ["a", "b"], timeout=30, interval=0.01, workers=2):
+        ends += [state.id] if state.done else []
+        if state.done:
+            finished.set()
+    assert ends == ["b", "a"]
+
+
+def test_each_run_of_a_batch_has_its_own_outage_budget(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": [500], "b": [*[500, "running"] * 4, "done"]})
+    with pytest.raises(BatchError) as caught:
+        list(iter_batch(session, ["a", "b"], timeout=300, interval=5, max_outage=3))
+    assert [error.params for error in caught.value.errors] == [{"run_id": "a"}]
+    assert max(server.times("a")) == pytest.approx(3, abs=0.01) and len(server.times("b")) == 9
+
+
+def test_a_refused_key_ends_a_batch_at_once(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running"], "b": ["running", 401], "c": [404], "d": ["running"]})
+    states = []
+    with pytest.raises(BatchError, match="401") as caught:
+        states.extend(iter_batch(session, list("abcd"), timeout=300, interval=lambda state: 3 if state.id == "b" else 2))
+    assert [(error.params, error.http_status) for error in caught.value.errors] == [  # type: ignore[attr-defined]
+        ({"run_id": "b"}, 401), ({"run_id": "c"}, 404)]
+    assert lab.clock.now == 1003 and len(states) == 5
+    assert becomes_true(lambda: not server.clients()) and len(server.requests) == 7
+
+
+def test_a_batch_stops_at_its_deadline_and_says_what_goes_on(lab: Lab) -> None:
+    plans = {"a": ["running", "done"], "b": ["running"], "c": [404], "d": ["queued"], "e": [500]}
+    server, session = fleet(lab, plans)
+    states = []
+    with pytest.raises(PollTimeout) as caught:
+        states.extend(iter_batch(session, list(plans), timeout=20, interval=6))
+    error = caught.value
+    assert isinstance(error, TimeoutError) and not isinstance(error, BatchError)
+    assert error.runs == [{"run_id": "b"}, {"run_id": "d"}, {"run_id": "e"}]
+    assert [(last.id, last.status, last.polls) for last in error.states] == [("b", "running", 5), ("d", "queued", 5)]
+    assert [(one.params, getattr(one, "http_status", 0)) for one in error.errors] == [({"run_id": "c"}, 404)]
+    assert "20 s" in str(error) and "3" in str(error) and "run b" in str(error) and "go on" in str(error)
+    assert server.times("b") == server.times("d") == [0, 6, 12, 18, 19.9] and 1019.9 <= lab.clock.now <= 1020
+    assert len([state for state in states if state.id == "a"]) == 2
+
+
+def test_a_batch_is_resumed_by_the_runs_of_its_timeout(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["done"], "b": ["running"] * 3 + ["done"], "c": ["running"] * 3 + ["failed"]})
+    with pytest.raises(PollTimeout) as caught:
+        list(iter_batch(session, ["a", "b", "c"], timeout=2, interval=1.5))
+    handles = json.loads(json.dumps(caught.value.runs))
+    states = list(iter_batch(session, handles, timeout=300, interval=1))
+    assert sorted((state.id, state.status) for state in states if state.done) == [("b", "done"), ("c", "failed")]
+    assert len(server.times("a")) == 1
+
+
+@pytest.mark.parametrize("timeout", [0, -1])
+def test_a_batch_without_time_sends_no_request_but_yields_what_was_handed_in(lab: Lab, timeout: float) -> None:
+    server, session = fleet(lab, {})
+    states = iter_batch(session, ["a", handed("b"), handed("c", "done")], timeout=timeout)
+    assert {(state.id, state.status) for state in (next(states), next(states))} == {("b", "running"), ("c", "done")}
+    with pytest.raises(PollTimeout) as caught:
+        next(states)
+    assert caught.value.runs == [{"run_id": "a"}, {"run_id": "b"}] and statuses(caught.value.states) == ["running"]
+    assert server.requests == [] and slept(lab) == []
+
+
+def test_a_batch_without_a_limit_goes_on_for_days(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running"] * 40 + ["done"]})
+    assert [state.ok for state in iter_batch(session, ["a"], timeout=None, interval=3600)][-1]
+    assert server.times("a")[-1] == 40 * 3600
+
+
+def test_the_clock_of_a_batch_starts_at_the_call(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["done"]})
+    states = iter_batch(session, ["a"], timeout=5)
+    lab.clock.now += 6
+    with pytest.raises(PollTimeout):
+        next(states)
+    assert server.requests == []
+
+
+def test_the_deadline_of_a_batch_ends_a_request_in_flight(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": [hang], "b": ["done"]}, **REAL)
+    begun = time.monotonic()
+    with pytest.raises(PollTimeout) as caught:
+        list(iter_batch(session, ["a", "b"], timeout=0.3))
+    assert caught.value.runs == [{"run_id": "a"}] and time.monotonic() - begun < 2
+    assert becomes_true(lambda: not server.clients())
+
+
+def held_back(server: Fleet) -> list[float]:
+    """When a request came although a refusal had said to wait."""
+    holds = [(said, said + seconds - 0.002) for said, seconds in server.refusals]
+    return [at for at, _ in server.asked if any(begun < at < end for begun, end in holds)]
+
+
+def test_a_429_holds_back_all_runs_and_nothing_fails(lab: Lab) -> None:
+    names = [f"r{i}" for i in range(6)]
+    server, session = fleet(lab, {name: ["running", "done"] for name in names})
+    server.limit = (3, 10.0)
+    states = list(iter_batch(session, names, timeout=300, interval=1, workers=1))
+    assert len([state for state in states if state.ok]) == 6
+    assert [when for when, _ in server.asked][:8] == [0] * 4 + [10] * 4 and server.refusals[:2] == [(0, 10), (10, 10)]
+    assert not held_back(server) and len(server.asked) == 12 + len(server.refusals)
+
+
+def test_a_503_with_retry_after_holds_back_all_runs(lab: Lab) -> None:
+    plans = {"a": [answer({}, 503, {"Retry-After": "20"}), "done"], "b": ["running"] * 3 + ["done"]}
+    server, session = fleet(lab, plans)
+    list(iter_batch(session, ["a", "b"], timeout=300, interval=2, workers=1))
+    assert server.times("a") == [0, 20] and server.times("b")[-3:] == [22, 24, 26]
+    assert not [at for at in server.times("b") if 0 < at < 20]
+
+
+def test_a_rate_limit_only_delays_a_batch(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"r{i}" for i in range(200)]
+    server, session = fleet(lab, {name: ["running", "done"] for name in names})
+    server.limit = (60, 60.0)
+    states = list(iter_batch(session, names, timeout=3600, interval=5, max_outage=1))
+    assert {state.id for state in states if state.ok} == set(names) and len(states) == 400
+    assert not held_back(server)
+    windows = [sum(60 * i <= at < 60 * i + 60 for at, _ in server.asked) for i in range(7)]
+    assert all(60 <= count <= 68 for count in windows[:6]) and lab.clock.now < 1000 + 420
+    assert len(server.asked) == 400 + len(server.refusals)
+
+
+def test_a_slow_consumer_stops_no_other_run(lab: Lab) -> None:
+    server, session = fleet(lab, {name: ["running", "running", "done"] for name in "abcd"}, **REAL)
+    states = iter_batch(session, ["a", "b", "c", "d"], timeout=30, interval=0.001, workers=2)
+    first = next(states)
+    assert becomes_true(lambda: {name for _, name in server.asked} == set("abcd"))
+    time.sleep(0.05)  # the body is slow: many intervals go by
+    counts = {name: len(server.times(name)) for name in "abcd"}
+    assert counts.pop(first.id) <= 2 and set(counts.values()) == {1}, "more than one undelivered state of a run"
+    assert len(list(states)) == 11
+
+
+def test_what_the_loop_misses_while_it_is_away_is_delivered_before_the_timeout(lab: Lab) -> None:
+    server, session = fleet(lab, {name: ["running"] for name in "abc"}, **REAL)
+    states = iter_batch(session, ["a", "b", "c"], timeout=0.3, interval=0.25)
+    seen = [next(states).id]
+    assert becomes_true(lambda: len(server.asked) >= 3)
+    time.sleep(0.35)
+    with pytest.raises(PollTimeout) as caught:
+        for state in states:
+            seen.append(state.id)
+    assert set(seen) == set("abc") and [params["run_id"] for params in caught.value.runs] == ["a", "b", "c"]
+
+
+def leave_by_break(states: Iterator[RunState], until: Callable[[], object]) -> None:
+    for _ in states:
+        assert becomes_true(until)
+        break
+
+
+def leave_by_an_exception(states: Iterator[RunState], until: Callable[[], object]) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        for _ in states:
+            assert becomes_true(until)
+            raise ZeroDivisionError
+
+
+def leave_by_close(states: Any, until: Callable[[], object]) -> None:
+    next(states)
+    assert becomes_true(until)
+    states.close()
+    assert list(states) == []
+
+
+@pytest.mark.parametrize("leave", [leave_by_break, leave_by_an_exception, leave_by_close])
+def test_a_batch_that_is_left_starts_no_request_and_leaves_no_thread_or_connection(lab: Lab, leave: Any) -> None:
+    pool = lab.enter(urllib3.PoolManager(maxsize=3, block=True))
+    server, session = fleet(lab, {name: ["running"] for name in "abcdef"}, pool=pool, **REAL)
+    gate = threading.Event()
+    server.meanwhile = lambda name: name == "a" or gate.wait(5)
+    runs = [handed("f"), "a", "b", "c", "d", "e"]  # two of them, and after a moment a third, are held by the server
+    leave(iter_batch(session, runs, timeout=30, interval=0.05, workers=3), lambda: server.flying == 3)
+    asked = len(server.asked)
+    gate.set()
+    assert becomes_true(lambda: not server.clients())
+    assert len(server.asked) == asked
+    connections = pool.connection_from_url(server.url).pool
+    assert connections is not None and connections.qsize() == 3, "a connection was not given back"
+
+
+def test_a_batch_that_is_left_while_all_runs_wait_is_over(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running"], "b": ["running"]})
+    states = iter_batch(session, ["a", "b"], timeout=300, interval=1)
+    for _ in range(4):
+        next(states)
+    states.close()
+    naps = len(lab.naps)
+    assert becomes_true(lambda: not server.clients())
+    lab.clock.now += 10
+    assert len(server.requests) == 4 and len(lab.naps) == naps
+
+
+def test_a_batch_that_was_never_begun_has_no_thread_and_no_request(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["done"]})
+    states = iter_batch(session, ["a"], timeout=300)
+    assert not server.clients()
+    states.close()
+    assert server.requests == [] and not server.clients()
+
+
+@pytest.mark.parametrize("plans, seen", [
+    ({"a": ["running"], "b": ["queued"]}, 2), ({"a": [500], "b": [500]}, 0), ({"a": ["running"], "b": [404]}, 1),
+])
+def test_a_sleep_that_returns_true_ends_a_batch_without_an_exception(lab: Lab, plans: Any, seen: int) -> None:
+    server, session = fleet(lab, plans, sleep=lambda seconds: seconds > 0)
+    assert len(list(iter_batch(session, list(plans), timeout=300))) == seen
+    assert becomes_true(lambda: not server.clients()) and len(server.requests) == 2
+
+
+def test_an_event_ends_a_batch_whose_requests_are_always_in_flight(lab: Lab) -> None:
+    stop = threading.Event()
+    server, session = fleet(lab, {name: ["running"] for name in "abcd"}, sleep=stop.wait, clock=time.monotonic)
+    server.meanwhile = lambda name: len(server.asked) > 40 and stop.set()
+    assert len(list(iter_batch(session, ["a", "b", "c", "d"], timeout=5, interval=0, workers=4))) > 30
+    asked = len(server.asked)
+    assert becomes_true(lambda: not server.clients()) and len(server.asked) <= asked + 4
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_the_sleep_of_a_batch_raises_comes_out_unchanged(lab: Lab, what: Any) -> None:
+    raised = what("mine")
+
+    def sleep(seconds: float) -> None:
+        if seconds > 0:
+            raise raised
+
+    server, session = fleet(lab, {"a": ["running"], "b": [404]}, sleep=sleep)
+    with pytest.raises(what) as caught:
+        list(iter_batch(session, ["a", "b"], timeout=300))
+    assert caught.value is raised
+    assert becomes_true(lambda: not server.clients()) and len(server.requests) == 2
+
+
+def test_what_the_key_callable_raises_comes_out_of_a_batch_unchanged(lab: Lab) -> None:
+    raised = LookupError("the vault is shut")
+    calls: list[int] = []
+
+    def ask() -> str:
+        calls.append(1)
+        if len(calls) > 3:
+            raise raised
+        return KEY
+
+    server, session = fleet(lab, {name: ["running"] for name in "ab"}, key=ask)
+    with pytest.raises(LookupError) as caught:
+        list(iter_batch(session, ["a", "b"], timeout=300, workers=1))
+    assert caught.value is raised and len(server.requests) == 3 and becomes_true(lambda: not server.clients())
+
+
+@pytest.mark.parametrize("interval", [lambda state: -1, lambda state: math.nan, lambda state: int(state.status)])
+def test_a_value_error_of_the_interval_callable_comes_out_of_a_batch(lab: Lab, interval: Any) -> None:
+    server, session = fleet(lab, {"a": ["running"], "b": ["running"]})
+    with pytest.raises(ValueError):
+        list(iter_batch(session, ["a", "b"], timeout=300, interval=interval))
+    assert becomes_true(lambda: not server.clients()) and len(server.requests) <= 2
+
+
+def test_a_session_closed_under_a_batch_is_a_runtime_error(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running"]})
+    states = iter_batch(session, ["a"], timeout=300)
+    next(states)
+    session.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(states)
+    assert len(server.requests) == 1 and becomes_true(lambda: not server.clients())
+
+
+def test_two_batches_share_a_session(lab: Lab) -> None:
+    _server, session = fleet(lab, {name: ["queued", "running", "done"] for name in "abcdef"}, **REAL)
+    both = [iter_batch(session, list(names), timeout=30, interval=0.01, workers=2) for names in ("abc", "def")]
+    for names, states in zip(("abc", "def"), zip(*zip(*both))):
+        assert {state.id for state in states} == set(names) and len(states) == 9
+        assert [state.status for state in sorted(states, key=lambda state: (state.id, state.polls))] == [
+            "queued", "running", "done"] * 3
+
+
+def test_two_batches_take_turns_on_one_virtual_clock(lab: Lab) -> None:
+    server, session = fleet(lab, {name: ["running", "running", "done"] for name in "ab"})
+    begun = time.monotonic()
+    pairs = list(zip(*[iter_batch(session, [name], timeout=300, interval=2) for name in "ab"]))
+    assert [(one.status, other.status) for one, other in pairs] == [("running",) * 2, ("running",) * 2, ("done",) * 2]
+    assert server.times("a") == [0, 2, 4]
+    assert time.monotonic() - begun < 1.5, "it waited by another clock than the session's"
+
+
+def test_a_poll_and_a_start_go_on_beside_a_batch(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running", "running", "done"], "b": ["done"], "jobs": ["queued"]}, **REAL)
+    for _ in iter_batch(session, ["a"], timeout=30, interval=0.01):
+        assert session.poll("b").ok and session.start({}).status == "queued"
+    assert len(server.times("b")) == len(server.times("jobs")) == 3
+
+
+def test_the_errors_of_a_batch_pickle_and_copy(lab: Lab) -> None:
+    _, session = fleet(lab, {"a": [404], "b": [b"<html>"], "c": ["running"]})
+    errors: list[Any] = []
+    for runs, timeout in ((["a", "b"], 300), (["a", "c", "b"], 30)):
+        with pytest.raises((BatchError, PollTimeout)) as caught:
+            list(iter_batch(session, runs, timeout=timeout, max_outage=1))
+        errors.append(caught.value)
+    assert [type(error) for error in errors] == [BatchError, PollTimeout]
+    for error in errors:
+        for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+            assert type(twin) is type(error) and str(twin) == str(error) != "" and twin.params is error.params is None
+            assert [(type(one), str(one), one.params, one.http_status) for one in twin.errors] == [
+                (type(one), str(one), one.params, one.http_status) for one in error.errors]
+            assert len(twin.errors) == 2
+    twin = pickle.loads(pickle.dumps(errors[1]))
+    assert twin.runs == errors[1].runs == [{"run_id": "c"}] and twin.states == errors[1].states != []
+    hash(errors[0])
+
+
+def test_no_key_shows_in_the_errors_and_logs_of_a_batch(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "runpoll")
+    echo = {"error": f"bad key {KEY}"}
+    _, session = fleet(lab, {"a": [answer(echo, 403)], "b": [answer({"id": "b", "status": KEY})]})
+    with pytest.raises(PollTimeout) as caught:
+        list(iter_batch(session, ["a", "b"], timeout=3, interval=1))
+    shown_all = "".join(traceback.format_exception(None, caught.value, caught.value.__traceback__))
+    assert KEY not in shown_all + str(caught.value.errors) + caplog.text
+    assert KEY not in str(caught.value.errors[0]) and "403" in caplog.text
+
+
+LEFT_BEHIND = """
+import sys, runpoll
+session = runpoll.Session(runpoll.Api(base_url=sys.argv[1], status="/jobs/{run_id}"))
+states = runpoll.iter_batch(session, ["a", "b", "c"], timeout=60, interval=30)
+try:
+    print(next(states).status, flush=True)
+    if sys.argv[2] == "wait":
+        next(states)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", [
+    "leave", pytest.param("wait", marks=pytest.mark.skipif(os.name == "nt", reason="sends SIGINT"))])
+def test_the_interpreter_exits_while_an_unfinished_batch_is_referenced(lab: Lab, how: str) -> None:
+    server = lab.enter(Fleet(time.monotonic, {"a": ["running"], "b": [hang], "c": [hang]}))
+    arguments = [sys.executable, "-c", LEFT_BEHIND, server.url, how]
+    with subprocess.Popen(arguments, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "running\n"
+        if how == "wait":
+            time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+        try:
+            printed, complaint = process.communicate(timeout=5)
+        finally:
+            process.kill()
+    assert (process.returncode, printed, complaint) == (0, "interrupted\n" if how == "wait" else "", "")
+
+
+# ---- What would be easy to get wrong
+
+
+def test_a_pool_that_is_busy_for_ever_holds_nothing_for_ever(lab):
+    pool = urllib3.PoolManager(maxsize=1, block=True)
+    session = lab.open(run(), pool=pool, request_timeout=0.05, retries=0)
+    host: Any = pool.connection_from_url(lab.server.url)
+    taken = host._get_conn()  # as another user of the pool would
+    with pytest.raises(TransportError) as caught:
+        session.start({})
+    assert caught.value.sent is False and "no run has begun" in str(caught.value) and lab.requests == []
+    host._put_conn(taken)
+    pool.clear()
+
+
+@pytest.mark.parametrize("none", [None, ""])
+def test_an_empty_idempotency_key_is_none(lab, none):
+    session = lab.open(502, run(), api=dataclasses.replace(ORDINARY, idempotency="body:key"))
+    with pytest.raises(ApiError):
+        session.start({"key": none})
+    assert len(lab.requests) == 1
+    with pytest.raises((TypeError, ValueError)):
+        lab.session(KEYED, base_url=lab.server.url).start({}, idempotency_key="" if none is None else 5)
+    assert len(lab.requests) == 1
+
+
+def test_a_clock_that_moves_at_every_look_meets_the_deadline_all_the_same(lab):
+    looks = itertools.count(0.0, 0.3)
+    session = lab.open(run(), sleep=lambda seconds: None, clock=lambda: next(looks))
+    with pytest.raises(PollTimeout):
+        wait(session, "r1", timeout=1.0)
+
+
+def test_a_clock_a_rounding_error_short_of_the_deadline_ends_the_loop(lab):
+    session = lab.open(run(), sleep=lambda seconds: lab.clock.sleep(seconds - 1e-9))
+    with pytest.raises(PollTimeout):
+        wait(session, "r1", timeout=10.0, interval=4)
+    assert len(lab.requests) < 10
+
+
+def test_the_clock_of_a_batch_starts_before_the_runs_are_drained(lab):
+    def slowly():
+        for name in "abc":
+            lab.clock.now += 50
+            yield name
+
+    session = lab.open(run())
+    with pytest.raises(PollTimeout):
+        list(iter_batch(session, slowly(), timeout=100))
+    assert lab.requests == []
+
+
+def test_a_start_refused_by_its_certificate_has_begun_no_run(lab):
+    with pytest.raises(TransportError) as caught:
+        lab.open(run(), tls=True).start({})
+    assert caught.value.sent is False and str(caught.value).endswith("no run has begun")
+
+
+def test_the_addresses_of_a_host_share_the_timeout(lab, monkeypatch):
+    session = lab.open(run(), **REAL, request_timeout=0.3, retries=0)
+    full = lab.enter(socket.socket())
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    waiting = []
+    for _ in range(4):  # until its queue takes no more, and connecting to it is a wait
+        waiting.append(lab.enter(socket.socket()))
+        waiting[-1].setblocking(False)
+        waiting[-1].connect_ex(full.getsockname())
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", full.getsockname()[1]))]
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: found * 3 if host == "many.test" else real(host, *rest))
+    session = lab.session(base_url=f"http://many.test:{full.getsockname()[1]}", allow_http=True, **REAL,
+                          request_timeout=0.3, retries=0)
+    begun = time.monotonic()
+    with pytest.raises(TransportError) as caught:
+        session.poll("r1")
+    assert caught.value.sent is False and time.monotonic() - begun < 0.55
+
+
+@pytest.mark.parametrize(("said", "fault"), [
+    ({"status": 5}, BadResponse), ({"status": None}, BadResponse), ({"phase": "odd"}, BadResponse), ({"phase": "running"}, None),
+])
+def test_what_an_override_returns_is_checked(lab, said, fault):
+    class Odd(Api):
+        def read_state(self, body, params=None, headers=None, http_status=200):
+            return RunState(**{"id": "r1", "status": "running", "phase": Phase.RUNNING, **said})
+
+    session = lab.open(run(), retries=0, api=Odd(base_url="http://127.0.0.1", status="/jobs/{run_id}", start="/jobs"))
+    with pytest.raises(fault) if fault else contextlib.nullcontext():
+        assert session.poll("r7").params == {"run_id": "r7"}
+    with pytest.raises(fault) if fault else contextlib.nullcontext():
+        begun = session.start({})
+        assert begun.params == {"run_id": "r1"} and begun.phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize(("start", "location"), [("/v2/jobs/", "r9"), ("/v2/jobs", "jobs/r9"), ("/v2/jobs", "/v2/jobs/r9")])
+def test_a_location_may_be_relative_to_the_start(lab, start, location):
+    api = Api(base_url="http://127.0.0.1", start=start, status="/v2/jobs/{run_id}")
+    assert lab.open(answer(None, 201, {"Location": location}), api=api).start({}).params == {"run_id": "r9"}
+
+
+def test_a_missing_run_has_its_ten_seconds_after_other_faults_too(lab):
+    session = lab.open(503, 503, 503, 503, 503, 404, DONE)
+    begun = ORDINARY.read_state(run())
+    assert wait(session, begun).ok and len(lab.requests) == 7
+
+
+def test_a_word_is_unknown_once_however_it_is_spelt(lab, caplog):
+    session = lab.open(run("Odd-Word"), run("ODD_WORD"), run("oddWord"), DONE)
+    wait(session, "r1")
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
+@pytest.mark.parametrize("api", [runpoll.RAPIDFOLIO, runpoll.DOCLO, runpoll.DIBBY, runpoll.ONEPIN], ids=STARTS)
+def test_the_built_in_apis_pickle(api):
+    again = pickle.loads(pickle.dumps(api))
+    assert again.read_state({"data": {"id": "r", "status": "x"}, "id": "r", "status": "x"}).id == "r"
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    ({"detail": [{"msg": "bad"}]}, "bad"), ({"detail": [{"loc": None, "msg": "bad"}]}, "bad"), ({"detail": ["bad", "worse"]}, "bad; worse"),
+    ({"detail": {"code": "c", "message": "bad"}}, "bad"), ({"error": [{"message": "bad"}]}, "bad"), ([{"message": "bad"}], "bad"),
+    ({"detail": [{"loc": "body", "msg": "bad"}]}, "body: bad"), ({"detail": [{"loc": 5, "msg": 7}]}, "5: 7"),
+])
+def test_an_error_in_an_odd_form_is_read_too(lab, body, message):
+    with pytest.raises(ApiError) as caught:
+        lab.open(answer(body, 422)).poll("r1")
+    assert caught.value.error.message == message
+
+
+@pytest.mark.parametrize("call", [
+    lambda lab: lab.session(max_body=math.inf), lambda lab: lab.session(retries=True), lambda lab: lab.session(headers="abc"),
+    lambda lab: lab.session(headers={"X": None}), lambda lab: lab.session(headers={"X: y": "1"}), lambda lab: lab.session(pool="x"),
+    lambda lab: iter_status("x", "r1"), lambda lab: iter_batch(lab.session(), [], timeout="x"),
+    lambda lab: iter_batch(lab.session(), [], timeout=9, workers=math.inf), lambda lab: lab.session().request(None, "/x"),
+    lambda lab: lab.session().request("", "/x"), lambda lab: lab.session().request("GET", None),
+    lambda lab: lab.session().request("POST", "DELETE /x"), lambda lab: lab.session().request("GET", "/x", params="abc"),
+    lambda lab: lab.session().request("PUT", "/x", math.nan), lambda lab: Api(base_url="http://a", status=None),
+    lambda lab: Api(base_url="http://a", status="/{run_id}", fields=None), lambda lab: Api(base_url="http://a", status="/{run_id}", phases=5),
+    lambda lab: Api(base_url="http://a", status="/{run_id}", fields={"id": [1]}),
+    lambda lab: Api(base_url="http://a", status="/{run_id}", idempotency=None),
+    lambda lab: Api(base_url="http://a", status="/{run_id}", idempotency="header:a b"),
+    lambda lab: Api(base_url="http://a", status="/{run_id}", root=5), lambda lab: Api(base_url="http://a", status="/{run_id}/{run_id}"),
+    lambda lab: Api(base_url=None, status="/{run_id}"),
+])
+def test_a_wrong_argument_is_said_at_the_call(lab, call):
+    with pytest.raises((TypeError, ValueError)):
+        call(lab)
 
 
 # ---- The module, its examples, and the demonstration

@@ -1,22 +1,20 @@
 # Written by .ci/stub
 from __future__ import annotations
 import contextlib
-import copy
 import email.utils
 import functools
+import heapq
 import http.client
 import io
 import itertools
 import logging
 import os
-import queue
 import random
 import re
 import socket
-import string
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
@@ -27,10 +25,10 @@ from urllib.parse import quote, unquote, urljoin
 import urllib3
 from urllib3._collections import HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, SSLError
 from urllib3.util import Url, make_headers, parse_url
 __version__ = '0.1.0'
-__all__ = ['RunpollError', 'TransportError', 'ApiError', 'BadResponse', 'PollTimeout', 'RunFailed', 'RunCancelled', 'RunNotDone', 'Phase', 'ErrorInfo', 'RunState', 'Api', 'RAPIDFOLIO', 'DOCLO', 'DIBBY', 'ONEPIN', 'Session', 'Backoff', 'iter_status', 'wait']
+__all__ = ['RunpollError', 'TransportError', 'ApiError', 'BadResponse', 'PollTimeout', 'RunFailed', 'RunCancelled', 'RunNotDone', 'BatchError', 'Phase', 'ErrorInfo', 'RunState', 'Api', 'RAPIDFOLIO', 'DOCLO', 'DIBBY', 'ONEPIN', 'Session', 'Backoff', 'iter_status', 'wait', 'iter_batch']
 _T = TypeVar('_T')
 
 class RunpollError(Exception):
@@ -55,6 +53,9 @@ class BadResponse(RunpollError):
 
 class PollTimeout(RunpollError, TimeoutError):
     state: RunState | None = None
+    runs: Sequence[dict[str, str]] = ()
+    states: Sequence[RunState] = ()
+    errors: Sequence[RunpollError] = ()
 
 class RunFailed(RunpollError):
     state: RunState
@@ -64,6 +65,9 @@ class RunCancelled(RunpollError):
 
 class RunNotDone(RunpollError):
     state: RunState
+
+class BatchError(RunpollError):
+    errors: Sequence[RunpollError] = ()
 
 class Phase(str, Enum):
     PENDING = 'pending'
@@ -203,4 +207,7 @@ def iter_status(session: Session, run: _Run, *, interval: _Interval=Backoff(), t
     ...
 
 def wait(session: Session, run: _Run, *, interval: _Interval=Backoff(), timeout: float | None=300.0, max_outage: float | None=60.0) -> RunState:
+    ...
+
+def iter_batch(session: Session, runs: Iterable[_Run], *, timeout: float | None, interval: _Interval=Backoff(), max_outage: float | None=60.0, workers: int=8) -> Generator[RunState, None, None]:
     ...
