@@ -1337,3 +1337,103 @@ class _Batch:
         except BaseException as error:  # noqa: BLE001  # the consumer raises it
             self.fatal = error
         return None
+
+
+# ---- The command line
+
+
+def _main() -> int:
+    """Follow a run to its end, and return the exit code."""
+    import argparse
+    import shlex
+    import shutil
+    import sys
+    import unicodedata
+
+    def pair(text: str) -> list[str]:
+        if "=" not in text:
+            raise argparse.ArgumentTypeError("it has to be NAME=VALUE")
+        return text.split("=", 1)
+
+    parser = argparse.ArgumentParser(
+        prog="runpoll", description="Follow a remote run until it ends. The API key is read from RUNPOLL_API_KEY.",
+        epilog="exit code: 0 succeeded, 1 failed, 3 cancelled, 2 wrong usage, 5 API or transport error, 124 timed out, "
+               "130 interrupted")
+    parser.error = lambda message: parser.exit(2, f"runpoll: {message}; see runpoll --help\n")  # type: ignore[method-assign]
+    option = parser.add_argument
+    pairs: dict[str, Any] = {"metavar": "NAME=VALUE", "type": pair, "action": "append", "default": []}
+    option("run", metavar="RUN", help="its id, or its status URL")
+    option("--api", default="rapidfolio", help="rapidfolio (default), doclo, dibby, onepin, or a JSON file of Api fields")
+    option("--base-url", metavar="URL", help="instead of the API's own")
+    option("--param", **pairs, help="another path parameter")
+    option("--header", **pairs, help="sent with every request")
+    option("--interval", metavar="SECONDS", type=float, default=Backoff(), help="between polls (default: they back off)")
+    option("--timeout", metavar="SECONDS", type=float, default=300.0, help="for all (default: 300)")
+    option("--json", action="store_true", help="print each state as a line of JSON")
+    option("-v", "--verbose", action="store_true", help="log each poll")
+    option("--version", action="version", version=f"runpoll {__version__}")
+    args = parser.parse_args()
+
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None when they were closed
+    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not args.json
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # what the locale lacks
+    logging.basicConfig(format=("\r\x1b[K" if live else "") + "runpoll: %(message)s")
+    _log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
+    key = os.environ.get("RUNPOLL_API_KEY")
+    built_in = {"rapidfolio": RAPIDFOLIO, "doclo": DOCLO, "dibby": DIBBY, "onepin": ONEPIN}
+    try:
+        with open(os.devnull if args.api in built_in else args.api, "rb") as file:
+            api = built_in.get(args.api) or Api(**_json(file.read()))
+        session = Session(api, key, base_url=args.base_url, headers=dict(args.header))
+        run = args.run if args.run.startswith(("http://", "https://")) else {"run_id": args.run, **dict(args.param)}
+        states = iter_status(session, run, interval=args.interval, timeout=args.timeout)
+    except (OSError, ValueError, TypeError, BadResponse) as error:
+        parser.error(str(error))
+
+    def draw(state: RunState) -> str:
+        share = "" if state.progress is None else f"{state.progress:4.0%} "
+        columns = shutil.get_terminal_size().columns
+        wide = min(20, columns // 4)
+        bar = f"[{'#' * int((state.progress or 0) * wide):<{wide}}] " if live and share else ""
+        line = f"{state.phase:<9} {bar}{share}{_one_line(state.status)}"
+        if not live:
+            return line
+        left = f"{state.eta:.0f} s left, " if state.eta else ""
+        line = f"{line} ({left}{state.elapsed:.0f} s)"
+        while sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line) >= columns:
+            line = line[:-1]
+        colour = {Phase.SUCCEEDED: 32, Phase.FAILED: 31, Phase.CANCELLED: 31, Phase.PAUSED: 33}.get(state.phase, 36)
+        return line if os.environ.get("NO_COLOR") else f"\x1b[{colour}m{line[:9]}\x1b[0m{line[9:]}"
+
+    state: Any = None
+    shown, code, problem = "", 5, ""
+    goes_on = f"the run goes on, and this resumes it: python -m runpoll {shlex.join(sys.argv[1:])}"
+    try:
+        with session:
+            for state in states:
+                fields = {**vars(state), "error": state.error and vars(state.error)}
+                line = _dump(fields, ensure_ascii=True, default=datetime.isoformat) if args.json else draw(state)
+                if live:
+                    print(f"\r{line}\x1b[K", end="", flush=True)
+                elif args.json or line != shown:
+                    print(line, flush=True)
+                shown = line
+        code = {Phase.SUCCEEDED: 0, Phase.FAILED: 1}.get(state.phase, 3)
+        state.result()
+    except PollTimeout as error:
+        code, problem = 124, f"{str(error).partition(';')[0]}; {goes_on}"
+    except RunpollError as error:
+        problem = f"{error} (RUNPOLL_API_KEY is not set)" if code == 5 and not key else str(error)
+    except (KeyboardInterrupt, OSError) as error:
+        code, problem = 130, f"interrupted; {goes_on}"
+        if isinstance(error, OSError):  # nobody reads the output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+    print("\n" * bool(live and shown), end="", flush=True)
+    if problem:
+        print(f"runpoll: {problem}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main())

@@ -3117,6 +3117,512 @@ def test_the_interpreter_exits_while_an_unfinished_batch_is_referenced(lab: Lab,
     assert (process.returncode, printed, complaint) == (0, "interrupted\n" if how == "wait" else "", "")
 
 
+# ---- The command line, in processes of its own
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX only")
+FORMS = [[sys.executable, str(HERE / "runpoll.py")], [sys.executable, "-m", "runpoll"],
+         pytest.param(["runpoll"], marks=pytest.mark.skipif(not shutil.which("runpoll"), reason="it is not installed"))]
+PLAIN = {"base_url": "http://127.0.0.1:9", "status": "/jobs/{run_id}"}  # an ordinary API, as a JSON file has it
+
+
+def surroundings(**more: str) -> dict[str, str]:
+    """The environment of a process: this one's, without what would change the output."""
+    removed = ("COLUMNS", "LINES", "NO_COLOR", "PYTHONIOENCODING", "PYTHONUTF8", "PYTHONWARNINGS")
+    kept = {name: value for name, value in os.environ.items() if name not in removed}
+    return {**kept, "RUNPOLL_API_KEY": KEY, "PYTHONPATH": str(HERE), "TERM": "xterm", **more}
+
+
+def invocation(*arguments: object, of: Server | None = None) -> list[str]:
+    base = ["--base-url", of.url] if of else []
+    return [sys.executable, "-m", "runpoll", *map(str, arguments), *base]
+
+
+def ended(words: list[str], **env: str) -> Any:
+    """A process that has ended: its returncode, stdout and stderr."""
+    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+                          env=surroundings(**env), timeout=20, check=False)
+
+
+def called(*arguments: object, of: Server | None = None, by: list[str] | None = None, **env: str) -> Any:
+    """The same of a command line, which never shows a traceback or the key; `by` is the command that it is given to."""
+    done = ended([*(by or []), *invocation(*arguments, of=of)], **env)
+    assert "Traceback" not in done.stderr and KEY not in done.stdout + done.stderr
+    return done
+
+
+def described(tmp_path: pathlib.Path, **fields: Any) -> pathlib.Path:
+    """A file that describes an API."""
+    path = tmp_path / "api.json"
+    path.write_text(json.dumps({**PLAIN, **fields}), encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def started(*arguments: object, of: Server) -> Iterator[Any]:
+    """A process that runs, and at the end does not any more."""
+    with subprocess.Popen(invocation(*arguments, of=of), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8", env=surroundings()) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+STEPS = [run("queued"), *[run("running", progress=progress) for progress in (0.25, 0.25, 0.5)], DONE]
+
+
+@pytest.mark.parametrize("last, code, complaint", [
+    (DONE, 0, ""), (run("failed", error={"message": "no text", "code": "E7"}), 1, "no text"),
+    (run("cancelled"), 3, "cancelled"),
+    (answer({"error": "Run not found"}, 404), 5, "Run not found"), (answer({"error": "no"}, 401), 5, "401"),
+    (answer(None, 302, {"Location": "https://elsewhere.example/"}), 5, "302"),
+])
+def test_the_exit_code_says_how_the_run_ended(lab: Lab, last: Any, code: int, complaint: str) -> None:
+    server = lab.enter(Server(run("running"), last))
+    done = called("r1", "--interval", 0, of=server)
+    assert done.returncode == code and complaint in done.stderr
+    assert len(done.stderr.splitlines()) == (1 if code else 0) and done.stdout.startswith("running")
+    assert [request.path for request in server.requests] == ["/runs/r1"] * 2
+
+
+def test_a_server_that_is_down_is_timed_out_after_a_line_for_each_fault(lab: Lab) -> None:
+    done = called("r1", "--base-url", f"http://127.0.0.1:{closed_port()}", "--timeout", 0.3)
+    assert done.returncode == 124 and done.stdout == "" and "refused" in done.stderr.splitlines()[0].lower()
+
+
+def test_an_answer_for_ever_broken_ends_in_a_transport_or_api_error(lab: Lab) -> None:
+    server = lab.enter(Server(answer(b"x" * (17 * 2**20))))
+    done = called("r1", of=server)
+    assert done.returncode == 5 and len(done.stderr.splitlines()) == 1 and "max_body" in done.stderr
+
+
+def refused_as_usage(lines: list[list[str]]) -> dict[str, str]:
+    """Those of the command lines that are not answered by one line and exit code 2, and what they say instead."""
+    with ThreadPoolExecutor(4) as pool:
+        ends = list(pool.map(lambda line: ended(invocation(*line)), lines))
+    return {shlex.join(line): f"{done.returncode}: {done.stdout}{done.stderr}" for line, done in zip(lines, ends) if (
+        done.returncode, done.stdout, done.stderr.count("\n"), done.stderr[:9]) != (2, "", 1, "runpoll: ")}
+
+
+def test_wrong_usage_is_one_line_and_exit_code_2() -> None:
+    assert refused_as_usage([
+        [], ["r1", "--pause", "1"], ["r1", "--interval", "soon"], ["r1", "--interval", "-1"],
+        ["r1", "--timeout", "nan"], ["r1", "--api", "no-such-file.json"], ["r1", "--header", "X-Team"],
+        ["r1", "--header", "X Team=7"],
+        ["r1", "--param", "x=1"], ["r1", "--api", "onepin"], [".."], ["http://elsewhere.example/runs/r1"],
+        ["r1", "--base-url", "http://example.com"]]) == {}
+
+
+def test_a_file_that_describes_no_api_is_wrong_usage(tmp_path: pathlib.Path) -> None:
+    wrong = [{"stauts": "/x"}, {"phases": {"done": "over"}}, {"phases": ["done"]}, {"fields": {"id": 5}},
+             {"status": None}, {"base_url": 7}]
+    contents = [json.dumps({**PLAIN, **fields}).encode() for fields in wrong]
+    paths = []
+    for number, content in enumerate([*contents, b"{", b"[]", b"\xff\xfe", b"[" * 100_000]):
+        paths.append(tmp_path / f"{number}.json")
+        paths[-1].write_bytes(content)
+    assert refused_as_usage([["r1", "--api", str(path)] for path in paths]) == {}
+
+
+def test_a_key_that_no_header_can_carry_is_wrong_usage_and_not_shown(lab: Lab) -> None:
+    done = called("r1", of=lab.enter(Server(DONE)), RUNPOLL_API_KEY="secret\x01part")
+    assert done.returncode == 2 and "secret" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_key_is_named_when_the_api_refuses(lab: Lab) -> None:
+    server = lab.enter(Server(answer({"error": "who are you?"}, 401)))
+    done = called("r1", of=server, RUNPOLL_API_KEY="")
+    assert done.returncode == 5 and "RUNPOLL_API_KEY" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "Authorization" not in server.requests[0].headers
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_ways_to_call_it_are_the_same(lab: Lab, form: list[str]) -> None:
+    server = lab.enter(Server(run("running"), DONE))
+    done = ended([*form, "r1", "--interval", "0", "--base-url", server.url])
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["running"] * 2 + ["succeeded"] * 2, "")
+    assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+
+
+def test_in_a_pipe_each_state_that_differs_is_one_plain_line(lab: Lab) -> None:
+    done = called("r1", "--interval", 0, of=lab.enter(Server(run("queued"), *STEPS)))
+    lines = done.stdout.splitlines()
+    assert [line.split() for line in lines] == [
+        ["pending", "queued"], ["running", "25%", "running"], ["running", "50%", "running"], ["succeeded", "succeeded"]]
+    assert "\x1b" not in done.stdout and "\r" not in done.stdout and done.stderr == ""
+
+
+def test_in_a_pipe_a_line_comes_as_soon_as_its_state(lab: Lab) -> None:
+    server = lab.enter(Server(run("running"), hang))
+    with started("r1", "--interval", 0.1, of=server) as process:
+        assert process.stdout.readline().split() == ["running", "running"]
+
+
+def test_with_json_each_state_is_a_line_with_every_field(lab: Lab) -> None:
+    times = {"created_at": "2026-01-02T03:04:05Z", "started_at": 1767323046, "completed_at": "2026-01-02 03:04:09.5"}
+    last = run("failed", error={"message": "né", "code": "E7", "step": "OCR", "details": [1]}, **times)
+    done = called("r1", "--json", "--interval", 0, of=lab.enter(Server(run("running"), run("running"), last)))
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [list(line) for line in lines] == [[field.name for field in dataclasses.fields(RunState)]] * 3
+    assert [(line["status"], line["phase"], line["polls"]) for line in lines] == [
+        ("running", "running", 1), ("running", "running", 2), ("failed", "failed", 3)]
+    assert lines[2]["error"] == {"message": "né", "code": "E7", "step": "OCR", "details": [1]}
+    assert lines[2]["params"] == {"run_id": "r1"} and lines[2]["duration"] == 3.5
+    assert lines[2]["raw"] == last and lines[0]["error"] is lines[0]["progress"] is None
+    assert [datetime.fromisoformat(lines[2][name]) for name in times] == [
+        datetime(2026, 1, 2, 3, 4, second, micro, timezone.utc) for second, micro in ((5, 0), (6, 0), (9, 500_000))]
+    assert done.returncode == 1 and "OCR" in done.stderr
+
+
+@pytest.mark.parametrize("name, at", [("rapidfolio", "/runs/"), ("doclo", "/api/v1/runs/"), ("dibby", "/api/runs/")])
+def test_each_built_in_api_has_its_name(lab: Lab, simulator: Simulator, name: str, at: str) -> None:
+    body, params = STARTS[name]
+    begun = lab.session(simulator.api(name)).start(body, **params)
+    done = called(begun.id, "--api", name, "--interval", 0, "--base-url", simulator.api(name).base_url)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[0] == "succeeded"
+    assert simulator.requests[-1].path == f"/{name}{at}{begun.id}"
+
+
+def test_other_path_parameters_and_headers_are_sent(lab: Lab, simulator: Simulator) -> None:
+    begun = lab.session(simulator.api("onepin")).start(None, **STARTS["onepin"][1])
+    others = ["--param", f"workflow_id={begun.params['workflow_id']}", "--header", "X-Team=a=b", "--header", "X-Env="]
+    base_url = simulator.api("onepin").base_url
+    done = called(begun.id, "--api", "onepin", "--base-url", base_url, "--interval", 0, *others)
+    assert done.returncode == 0
+    assert simulator.requests[-1].headers["X-Team"] == "a=b" and simulator.requests[-1].headers["X-Env"] == ""
+
+
+def test_an_id_may_look_like_a_url_of_another_scheme(lab: Lab, tmp_path: pathlib.Path) -> None:
+    server = lab.enter(Server(DONE))
+    api = described(tmp_path, base_url=server.url, status="/teams/{team}/jobs/{run_id}")
+    done = called("gs://bucket/7", "--api", api, "--param", "team=blue")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [request.path for request in server.requests] == ["/teams/blue/jobs/gs%3A%2F%2Fbucket%2F7"]
+
+
+def test_an_api_of_ones_own_is_described_in_a_file(lab: Lab, tmp_path: pathlib.Path) -> None:
+    server = lab.enter(Server(*[{"job": {"key": 7, "now": {"word": word}, "share": share}} for word, share in (
+        ("brewing", 0.5), ("Served-Hot", 1))]))
+    api = described(
+        tmp_path, base_url=server.url, status="/v2/teams/{team}/jobs/{run_id}", start="/v2/jobs",
+        cancel="DELETE /v2/jobs/{run_id}", root="job",
+        fields={"id": ["nothing", "key"], "status": "now.word", "progress": ["share"]},
+        phases={"brewing": "running", "served_hot": "succeeded"}, auth_header="X-Api-Key", auth_scheme="",
+        idempotency="header:Idempotency-Key")
+    done = called("7", "--api", api, "--param", "team=blue", "--json", "--interval", 0)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["id"], line["phase"], line["progress"]) for line in lines] == [
+        ("7", "running", 0.5), ("7", "succeeded", 1.0)]
+    assert done.returncode == 0 and server.requests[0].path == "/v2/teams/blue/jobs/7"
+    assert server.requests[0].headers["X-Api-Key"] == KEY
+
+
+def test_a_status_url_names_a_run(lab: Lab) -> None:
+    server = lab.enter(Server(DONE))
+    assert called(f"{server.url}/runs/r%2F1", of=server).returncode == 0
+    assert server.requests[0].path == "/runs/r%2F1"
+
+
+def resumes(complaint: str) -> list[str]:
+    """The command that the last line gives."""
+    return shlex.split(complaint.splitlines()[-1].rpartition(": ")[2])
+
+
+def test_a_timeout_is_124_and_prints_the_line_that_resumes_it(lab: Lab, tmp_path: pathlib.Path) -> None:
+    server = lab.enter(Server(run("running")))
+    folder = tmp_path / "my apis"
+    folder.mkdir()
+    api = described(folder, base_url=server.url)
+    done = called("it's one", "--api", api, "--timeout", 0.3, "--interval", 0.05, "--header", "X-Note=a 'b'")
+    assert done.returncode == 124 and len(done.stderr.splitlines()) == 1 and "0.3 s" in done.stderr
+    assert {request.path for request in server.requests} == {"/jobs/it%27s%20one"}
+    server.answers = [DONE]
+    assert ended(resumes(done.stderr)).returncode == 0
+    assert server.requests[-1].path == "/jobs/it%27s%20one" and server.requests[-1].headers["X-Note"] == "a 'b'"
+
+
+def test_a_timeout_of_nothing_sends_no_request(lab: Lab) -> None:
+    server = lab.enter(Server(DONE))
+    assert called("r1", "--timeout", 0, of=server).returncode == 124 and server.requests == []
+
+
+def test_the_interval_is_kept(lab: Lab) -> None:
+    server = lab.enter(Server(run("running")))
+    begun = time.monotonic()
+    assert called("r1", "--timeout", 0.7, "--interval", 0.25, of=server).returncode == 124
+    assert 3 <= len(server.requests) <= 4 and 0.5 < time.monotonic() - begun < 5
+
+
+@POSIX
+@pytest.mark.parametrize("then", [run("running"), hang])
+def test_an_interrupt_is_130_and_prints_the_line_that_resumes_it(lab: Lab, then: Any) -> None:
+    server = lab.enter(Server(run("running"), then))
+    with started("r1", "--interval", 0.05, of=server) as process:
+        assert process.stdout.readline().split() == ["running", "running"]
+        time.sleep(0.15)
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=10)
+    assert process.returncode == 130 and len(complaint.splitlines()) == 1 and "Traceback" not in complaint
+    server.answers = [DONE]
+    assert ended(resumes(complaint)).returncode == 0
+
+
+def test_faults_that_are_sat_out_are_lines_on_standard_error(lab: Lab) -> None:
+    done = called("r1", of=lab.enter(Server(answer({"error": "busy"}, 503, {"Retry-After": "0.05"}), DONE)))
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1 and "busy" in done.stderr
+
+
+def test_verbose_logs_each_poll_and_never_the_key(lab: Lab) -> None:
+    done = called("r1", "-v", "--interval", 0, of=lab.enter(Server(*STEPS, answer({"error": f"not {KEY}"}, 403))))
+    lines = [line for line in done.stderr.splitlines() if "GET /runs/r1" in line]
+    assert len(lines) == 5 and "queued" in lines[0] and "succeeded" in lines[4]
+    assert all(line.startswith("runpoll: ") for line in lines)
+    refused = called("r1", "-v", of=lab.enter(Server(answer({"error": f"not {KEY}"}, 403, {"X-Request-Id": KEY}))))
+    assert refused.returncode == 5 and "403" in refused.stderr
+
+
+def test_help_names_the_options_the_variable_and_the_exit_codes() -> None:
+    done = called("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    options = ["--api", "--base-url", "--param", "--header", "--interval", "--timeout", "--json"]
+    assert [word for word in [*options, "RUNPOLL_API_KEY", "124", "130"] if word not in done.stdout] == []
+
+
+def test_importing_the_module_does_not_import_what_only_the_command_line_needs() -> None:
+    script = "import sys, runpoll; print('argparse' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "False\n"
+
+
+# What a shell does with the output, and what is left of it there.
+@POSIX
+def test_a_reader_that_goes_away_after_a_line_gets_no_traceback(lab: Lab) -> None:
+    server = lab.enter(Server(*[run("running", progress=i / 100) for i in range(90)], DONE))
+    with started("r1", "--interval", 0.02, of=server) as process:
+        assert process.stdout.readline().split()[0] == "running"
+        process.stdout.close()
+        complaint = process.stderr.read()
+        process.wait(10)
+    assert "Traceback" not in complaint and "Exception ignored" not in complaint and "Errno" not in complaint
+    assert len(complaint.splitlines()) <= 1 and len(server.requests) < 50
+
+
+@POSIX
+@pytest.mark.parametrize("redirected, last, code", [
+    (">&-", DONE, 0), (">&- 2>&-", run("cancelled"), 3), ("<&- >&-", 404, 5), ("<&- >/dev/null 2>&-", 404, 5),
+    pytest.param(">/dev/full", DONE, None, marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")),
+])
+def test_a_closed_or_full_output_is_no_crash(lab: Lab, redirected: str, last: Any, code: int | None) -> None:
+    server = lab.enter(Server(run("running"), last))
+    done = called("r1", "--interval", 0, of=server, by=["sh", "-c", f'"$@" {redirected}', "sh"])
+    assert done.stdout == "" and "Exception ignored" not in done.stderr and len(done.stderr.splitlines()) <= 1
+    assert done.returncode == code if code is not None else done.returncode != 0
+
+
+@POSIX
+def test_an_error_without_a_standard_error_does_not_go_to_the_output(lab: Lab) -> None:
+    done = called("r1", "--json", of=lab.enter(Server(404)), by=["sh", "-c", '"$@" 2>&-', "sh"])
+    assert (done.returncode, done.stdout) == (5, "")
+
+
+@POSIX
+@pytest.mark.skipif(not shutil.which("nohup"), reason="there is no nohup")
+def test_under_nohup_it_writes_plain_lines_into_the_file(lab: Lab, tmp_path: pathlib.Path) -> None:
+    server = lab.enter(Server(run("running"), run("running"), DONE))
+    out = tmp_path / "nohup.out"
+    to_file = ["sh", "-c", f'exec nohup "$@" >{shlex.quote(str(out))} 2>&1', "sh"]
+    done = called("r1", "--interval", 0, of=server, by=to_file)
+    lines = out.read_text().splitlines()
+    assert done.returncode == 0
+    assert [line.split()[0] for line in lines if "nohup" not in line] == ["running", "succeeded"]
+
+
+@pytest.mark.parametrize("env", [
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}])
+def test_words_that_the_locale_lacks_are_no_crash(lab: Lab, env: dict[str, str]) -> None:
+    server = lab.enter(Server(run("läuft 進行中 \ud83d"), run("failed", error="größer \u2192 \ud83d")))
+    done = subprocess.run(invocation("r1", "--interval", 0, of=server), stdin=subprocess.DEVNULL, capture_output=True,
+                          env=surroundings(**env), timeout=20, check=False)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [b"unknown", b"failed"] and b"uft" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith(b"runpoll: run r1 failed, gr")
+
+
+def test_words_beyond_ascii_are_kept_where_the_locale_has_them(lab: Lab) -> None:
+    server = lab.enter(Server(run("läuft 進行中"), DONE))
+    done = called("r1", "--interval", 0, of=server, PYTHONIOENCODING="utf-8")
+    assert done.stdout.splitlines()[0].split() == ["unknown", "läuft", "進行中"]
+
+
+# What a terminal shows
+
+
+def terminal(*arguments: object, of: Server, columns: int = 80, code: int = 0, interrupted_at: int = 0,
+             env: Mapping[str, str] = {}) -> str:
+    """What a process writes to a terminal so wide (its standard error stands there, too)."""
+    import fcntl
+    import pty
+    import termios
+
+    master, slave = pty.openpty()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, master)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        process = stack.enter_context(subprocess.Popen(
+            invocation(*arguments, of=of), stdin=slave, stdout=slave, stderr=slave,
+            env=surroundings(**{"PYTHONIOENCODING": "utf-8", **env})))
+        stack.callback(process.kill)
+        os.close(slave)
+        written = b""
+        if interrupted_at:
+            for _ in range(1000):
+                if len(of.requests) >= interrupted_at:
+                    break
+                time.sleep(0.005)
+            process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # Linux ends a terminal so, others with nothing
+            while piece := os.read(master, 2**16):
+                written += piece
+        assert process.wait(20) == code
+    assert b"Traceback" not in written and KEY.encode() not in written
+    return written.decode("utf-8")
+
+
+def screen(written: str, columns: int) -> tuple[list[str], int]:
+    """The rows that a terminal shows in the end, and how many rows were ever written to."""
+    rows, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[\d;?]*[A-Za-z]|[^\x1b]|\x1b", written):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+            rows += [""] * (row + 1 - len(rows))
+        elif part == "\x1b[K":
+            rows[row] = rows[row][:column]
+        elif part.startswith("\x1b["):
+            assert re.fullmatch(r"\x1b\[[\d;]*m", part), f"a terminal is told {part!r}"
+        else:
+            assert part.isprintable(), f"{part!r} reached the terminal"
+            width = 2 if unicodedata.east_asian_width(part) in "WF" else 0 if unicodedata.combining(part) else 1
+            if column + width > columns:
+                row, column = row + 1, 0
+                rows += [""] * (row + 1 - len(rows))
+            rows[row] = rows[row][:column].ljust(column) + part + rows[row][column + 1:]
+            column += width
+    return rows, len(rows)
+
+
+LONG = "extracting-the-line-items-of-every-page-and-checking-them-against-what-was-ordered-last-year"
+WIDE = "処理" * 30
+SEEN = {LONG: "running", WIDE: "running"}
+
+
+def watched(lab: Lab, tmp_path: pathlib.Path, *answers: Any, columns: int = 80, **options: Any) -> str:
+    """What a terminal is told of a run with these answers."""
+    server = lab.enter(Server(*answers))
+    api = described(tmp_path, base_url=server.url, phases=SEEN)
+    return terminal("r1", "--interval", 0.02, "--api", api, of=server, columns=columns, **options)
+
+
+def frames(written: str) -> list[str]:
+    """What the line says each time that it is drawn, without its colours."""
+    drawn = re.split("[\r\n]+", re.sub(r"\x1b\[[\d;]*[mK]", "", written))
+    return [frame.strip() for frame in drawn if frame.strip()]
+
+
+@POSIX
+@pytest.mark.parametrize("word, columns", [(LONG, 80), (LONG, 40), (WIDE, 40)], ids=["80", "40", "40 wide"])
+def test_on_a_terminal_one_line_that_fits_is_drawn_again_and_again_and_stays(
+        lab: Lab, tmp_path: pathlib.Path, word: str, columns: int) -> None:
+    answers = [run("queued"), run(word), *[run(word, progress=i / 4) for i in range(4)], DONE]
+    written = watched(lab, tmp_path, *answers, columns=columns)
+    rows, count = screen(written, columns)
+    assert count == 2 and rows[1] == "" and rows[0].startswith("succeeded"), "more than one row was written to"
+    assert len(frames(written)) == 7 and written.endswith("\n") and written.count("\n") == 1
+
+
+@POSIX
+def test_the_line_on_a_terminal_has_the_phase_the_word_a_bar_and_the_times(lab: Lab, tmp_path: pathlib.Path) -> None:
+    working = [run("working", progress=progress) for progress in (0.25, 0.5)]
+    drawn = frames(watched(lab, tmp_path, run("queued"), *working, DONE))
+    assert all(re.search(r"\b\d+ s\b", frame) for frame in drawn)
+    assert [frame.split()[0] for frame in drawn] == ["pending", "running", "running", "succeeded"]
+    assert "queued" in drawn[0] and "working" in drawn[1] and "%" not in drawn[0] and "left" not in drawn[0]
+    bars = [frame[frame.index("[") + 1:frame.index("]")] for frame in drawn[1:3]]
+    assert len(bars[0]) == len(bars[1]) and [len(bar.strip()) / len(bar) for bar in bars] == [0.25, 0.5]
+    assert "25%" in drawn[1] and "50%" in drawn[2] and "left" in drawn[2]
+
+
+@POSIX
+@pytest.mark.parametrize("env, live, coloured", [
+    ({}, True, True), ({"NO_COLOR": "1"}, True, False), ({"TERM": "dumb"}, False, False)])
+def test_colour_is_left_out_where_it_is_not_wanted(
+        lab: Lab, tmp_path: pathlib.Path, env: dict[str, str], live: bool, coloured: bool) -> None:
+    written = watched(lab, tmp_path, run("queued"), run("running", progress=0.5), DONE, env=env)
+    assert (re.search(r"\x1b\[[\d;]+m", written) is not None) is coloured
+    assert ("\x1b" in written) is live and (written.count("\n") == 1) is live
+    assert [frame.split()[0] for frame in frames(written)] == ["pending", "running", "succeeded"]
+
+
+@POSIX
+def test_each_end_has_a_colour_of_its_own(lab: Lab, tmp_path: pathlib.Path) -> None:
+    colours = [re.findall(r"\x1b\[([\d;]+)m", watched(lab, tmp_path, run(word), code=code))[0]
+               for word, code in (("done", 0), ("failed", 1))]
+    assert len(set(colours)) == 2
+
+
+EVIL = "a\x1b]0;owned\x07b\x1b[2Jc\x9b31md\r\ne\u202ef"
+EVILS = {
+    "a status": ([run(EVIL), DONE], 0),
+    "a code": ([run("failed", error={"message": EVIL, "code": EVIL})], 1),
+    "a step": ([run("failed", error={"message": EVIL, "step": EVIL})], 1),
+    "an error answer": ([answer({"error": EVIL}, 403, {"X-Request-Id": "r\x1b[2Jr"})], 5),
+    "a Location": ([answer(None, 302, {"Location": "https://elsewhere.example/\x1b[2J"})], 5),
+}
+
+
+@POSIX
+@pytest.mark.parametrize("what", EVILS)
+def test_control_characters_of_the_api_do_not_reach_a_terminal(lab: Lab, tmp_path: pathlib.Path, what: str) -> None:
+    answers, code = EVILS[what]
+    server = lab.enter(Server(*answers))
+    written = terminal("r1", "-v", "--interval", 0, of=server, columns=300, code=code)
+    screen(re.sub(r"\r\x1b\[K", "\r", written), 300)
+
+
+def test_json_is_one_line_a_state_whatever_the_api_says(lab: Lab) -> None:
+    server = lab.enter(Server(run(EVIL + "\u2028"), run("done", output=[EVIL])))
+    done = called("r1", "--interval", 0, "--json", of=server)
+    lines = done.stdout.splitlines()
+    assert all(map(str.isprintable, lines)) and json.loads(lines[0])["status"] == EVIL + "\u2028" and len(lines) == 2
+
+
+@POSIX
+def test_on_a_terminal_a_warning_has_a_row_of_its_own(lab: Lab, tmp_path: pathlib.Path) -> None:
+    busy = answer({"error": "busy"}, 503, {"Retry-After": "0.05"})
+    rows, _ = screen(watched(lab, tmp_path, run(LONG), busy, run("failed", error="no text"), code=1, columns=200), 200)
+    assert [row.split()[0] for row in rows if row] == ["runpoll:", "failed", "runpoll:"]
+    assert "busy" in rows[0] and "running" not in rows[0] and "no text" in rows[2]
+
+
+@POSIX
+def test_json_on_a_terminal_is_plain_lines(lab: Lab) -> None:
+    server = lab.enter(Server(run("queued"), DONE))
+    written = terminal("r1", "--interval", 0, "--json", of=server)
+    assert [json.loads(line)["status"] for line in written.splitlines()] == ["queued", "succeeded"]
+    assert "\x1b" not in written
+
+
+@POSIX
+def test_an_interrupt_on_a_terminal_leaves_the_line_and_prints_how_to_resume(lab: Lab) -> None:
+    server = lab.enter(Server(run("running"), hang))
+    written = terminal("r1", "--interval", 0.05, of=server, columns=300, code=130, interrupted_at=2)
+    rows, _ = screen(written, 300)
+    assert rows[0].startswith("running") and rows[1].startswith("runpoll: ") and len([row for row in rows if row]) == 2
+    server.answers = [DONE]
+    assert ended(resumes(rows[1])).returncode == 0
+
+
 # ---- What would be easy to get wrong
 
 
@@ -3386,7 +3892,8 @@ def serve(port: int) -> None:
         print(f"the simulator listens on {simulator.url}, where a run takes 8 s; any key will do. Ctrl-C ends it.\n\n"
               f"    curl -H 'Authorization: Bearer {KEY}' -d '{{\"data\": {{}}}}' "
               f"{simulator.url}/rapidfolio/v1/procedures/proc_abc/sandbox\n"
-              f"    curl -H 'Authorization: Bearer {KEY}' {simulator.url}/rapidfolio/runs/run_1\n\n"
+              f"    curl -H 'Authorization: Bearer {KEY}' {simulator.url}/rapidfolio/runs/run_1\n"
+              f"    RUNPOLL_API_KEY={KEY} python runpoll.py run_1 --base-url {simulator.url}/rapidfolio\n\n"
               "or in Python\n\n"
               "    import runpoll\n"
               f"    session = runpoll.Session(runpoll.RAPIDFOLIO, '{KEY}', base_url='{simulator.url}/rapidfolio')\n"
