@@ -1073,6 +1073,8 @@ class _Pursuit:
             self.retries += 1
             _log.warning("%s; asking for it again", fault)
             return now
+        if fault._transient and now >= self.begun + self.timeout - _TICK:
+            return now  # the deadline ended it, and is what is raised
         lagging = status == 404 and self.handed is not None and not self.polls and self.retries == inf
         ends, safe = inf, True
         if status != 429:  # which is no outage, and only delays
@@ -1313,7 +1315,7 @@ class _Batch:
                     self.work.wait()
                 else:  # one watches the clock for all
                     self.watched = True
-                    self.work.wait(wait)
+                    self.work.wait(min(wait, threading.TIMEOUT_MAX))
                     self.watched = False
 
     def put(self, index: int, step: float | RunState | None) -> None:

@@ -3656,6 +3656,12 @@ def test_a_clock_that_moves_at_every_look_meets_the_deadline_all_the_same(lab):
         wait(session, "r1", timeout=1.0)
 
 
+def test_a_request_that_the_deadline_ends_is_a_timeout_even_where_no_outage_is_sat_out(lab):
+    with pytest.raises(PollTimeout) as caught:
+        wait(lab.open(hang, **REAL), "r1", timeout=0.1, max_outage=0)
+    assert isinstance(caught.value.__cause__, TransportError)
+
+
 def test_a_clock_a_rounding_error_short_of_the_deadline_ends_the_loop(lab):
     session = lab.open(run(), sleep=lambda seconds: lab.clock.sleep(seconds - 1e-9))
     with pytest.raises(PollTimeout):
@@ -3909,4 +3915,7 @@ if __name__ == "__main__":
     elif sys.argv[1:]:
         sys.exit("usage: python test_runpoll.py [serve [PORT]]")
     else:
-        demonstrate()
+        try:
+            demonstrate()
+        except KeyboardInterrupt:
+            sys.exit(130)
