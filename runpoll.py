@@ -34,7 +34,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from enum import Enum
 from math import inf
@@ -177,7 +177,13 @@ _VOCABULARY = {
 _PHASES = {word: phase for phase, words in _VOCABULARY.items() for word in words.split()}
 
 
-@dataclass(frozen=True)
+def _repr(self: Any) -> str:
+    """As dataclass would write it, four times over, at every import."""
+    shown = (f"{part.name}={getattr(self, part.name)!r}" for part in fields(self) if part.repr)
+    return f"{type(self).__qualname__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False)
 class ErrorInfo:
     """What an API says of an error; `step` is the step of the run that failed."""
 
@@ -185,9 +191,10 @@ class ErrorInfo:
     code: str | None = None
     step: str | None = None
     details: Any = None
+    __repr__ = _repr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunState:
     """One answer about a run, `done` when it has ended, `ok` when it has succeeded.
 
@@ -219,6 +226,7 @@ class RunState:
     eta: float | None = field(default=None, compare=False)
 
     __hash__ = None  # type: ignore[assignment]
+    __repr__ = _repr
 
     @property
     def done(self) -> bool:
@@ -410,7 +418,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Api:
     """How one API speaks. `Api(base_url="https://api.example.com", status="/jobs/{run_id}")` drives an ordinary one.
 
@@ -442,6 +450,7 @@ class Api:
     _phases: ClassVar[dict[str, Phase]]
     _places: ClassVar[dict[str, Any]]
     _root: ClassVar[list[str]]
+    __repr__ = _repr
 
     def __post_init__(self) -> None:
         _base_url(self.base_url)
@@ -939,10 +948,11 @@ class Session:
         seconds = until - self._clock()
         return seconds > 0 and self._sleep(seconds) is True
 
-    def _prove(self, key: str | None) -> tuple[str, dict[str, str]]:
-        """The key without white space, and the header that carries it."""
+    def _prove(self, key: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The key as it is and in JSON, to be kept out of texts (three characters are none), and the header that carries it."""
         key = "" if key is None else str.strip(key)
-        return key, _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
+        auth = _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
+        return (key, _dump(key)[1:-1]) if len(key) > 3 else (), auth
 
     def _attempt(self, ask: _Pursuit, seconds: float) -> Any:
         """One attempt; the one place that reaches the network."""
@@ -973,6 +983,8 @@ class Session:
                 raise http.client.BadStatusLine("an interim answer alone")
             while len(body) <= self._max_body and (piece := response.read(2**14 if packed else 2**16, packed)):
                 body += piece
+                if response.length_remaining == 0 and not packed:
+                    break  # which spares a last read of nothing
         finally:
             if not response.isclosed():
                 response.close()  # the rest would be taken for the next answer
@@ -1017,12 +1029,13 @@ class _Pursuit:
         self.begun, self.timeout, self.max_outage = begun, timeout, max_outage
         self.state: RunState | None = None
         self.fault: RunpollError | None = None
-        self.key, self.retries, self.faults, self.polls, self.took = "", inf, 0, 0, 0.0
+        self.key: tuple[str, ...] = ()
+        self.retries, self.faults, self.polls, self.took = inf, 0, 0, 0.0
         self.since: dict[bool, float] = {}  # when the first fault since a good answer was, a 404 that may pass apart
 
     def clean(self, text: str) -> str:
-        """`text` without the key, as it is or in JSON (three characters are none)."""
-        for form in (self.key, _dump(self.key)[1:-1]) if len(self.key) > 3 else ():
+        """`text` without the key."""
+        for form in self.key:
             text = text.replace(form, "[key]")
         return text
 
@@ -1113,7 +1126,7 @@ class _Pursuit:
             due = answered + (min(state.retry_after or 0.0, _RETRY_AFTER_MOST) or interval(state, waits))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Backoff:
     """The default interval, a pure function of the state (and chance), which serves any number of runs.
 
@@ -1127,6 +1140,7 @@ class Backoff:
     jitter: float = 0.1
     pace: float | None = 0.7
     paused: float = 30.0
+    __repr__ = _repr
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

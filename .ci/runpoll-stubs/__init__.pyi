@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from enum import Enum
 from math import inf
@@ -85,14 +85,14 @@ class Phase(str, Enum):
     def terminal(self) -> bool:
         ...
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ErrorInfo:
     message: str
     code: str | None = None
     step: str | None = None
     details: Any = None
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunState:
     id: str
     status: str
@@ -134,7 +134,7 @@ class RunState:
 _Run = Union[str, 'Mapping[str, Any]', RunState]
 _Field = Union[str, 'Sequence[str]', Callable[[Any], Any]]
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Api:
     base_url: str
     status: str
@@ -187,7 +187,7 @@ class Session:
     def request(self, method: str, path: str, body: Any=None, *, params: Mapping[str, str] | None=None, request_timeout: float | None=None, headers: Mapping[str, str] | None=None) -> Any:
         ...
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Backoff:
     initial: float = 1.0
     factor: float = 1.3
