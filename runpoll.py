@@ -950,7 +950,9 @@ class Session:
 
     def _prove(self, key: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
         """The key as it is and in JSON, to be kept out of texts (three characters are none), and the header that carries it."""
-        key = "" if key is None else str.strip(key)
+        if not isinstance(key, (str, type(None))):
+            raise TypeError(f"api_key has to be a string, or a callable that returns one, not {type(key).__name__}")
+        key = (key or "").strip()
         auth = _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
         return (key, _dump(key)[1:-1]) if len(key) > 3 else (), auth
 

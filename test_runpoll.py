@@ -3760,6 +3760,7 @@ def test_an_error_in_an_odd_form_is_read_too(lab, body, message):
 
 
 @pytest.mark.parametrize("call", [
+    lambda lab: lab.session(key=b"key"), lambda lab: lab.session(key=lambda: 5).poll("r1"),
     lambda lab: lab.session(max_body=math.inf), lambda lab: lab.session(retries=True), lambda lab: lab.session(headers="abc"),
     lambda lab: lab.session(headers={"X": None}), lambda lab: lab.session(headers={"X: y": "1"}), lambda lab: lab.session(pool="x"),
     lambda lab: iter_status("x", "r1"), lambda lab: iter_batch(lab.session(), [], timeout="x"),
