@@ -747,8 +747,8 @@ def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any
         try:
             said = _json(content)
             dumped = _dump(said)  # where a key has no escapes to hide behind
-            if ask.clean(dumped) != dumped:
-                known["body"], said = ask.clean(dumped)[:500], _json(ask.clean(dumped))
+            if (safe := ask.clean(dumped)) != dumped:
+                known["body"], said = safe[:500], _json(safe)
         except (BadResponse, RecursionError):
             said = _one_line(content)
         error = _error_info(said) or ErrorInfo(ask.clean(response.reason or "no text"))
@@ -967,8 +967,9 @@ class Session:
         body, fault = b"", None
         try:
             response = self._send(
-                ask.method, ask.target, body=ask.body, headers={**ask.headers, **auth}, timeout=urllib3.Timeout(total=seconds),
-                pool_timeout=seconds, retries=_ONCE, redirect=False, assert_same_host=False, preload_content=False, enforce_content_length=True)
+                ask.method, ask.target, body=ask.body, headers={**ask.headers, **auth}, retries=_ONCE, redirect=False,
+                timeout=urllib3.Timeout(total=seconds), pool_timeout=seconds, assert_same_host=False, preload_content=False,
+                enforce_content_length=True)
             body = self._read(response)
             if 200 <= response.status < 300 or (response.status == 504 and ask.starts):
                 return ask.read(body, response.headers, response.status)
