@@ -11,17 +11,13 @@
         print(state.result())
 
 An `Api` says how one API speaks, a `Session` speaks it, each answer about a run is a `RunState`, a plain value, and
-`iter_status` yields them, so that the loop is yours; `state.params` is all that another process needs to go on.
-
-No start is sent twice where the first may have begun a run, nothing is cancelled unless you say so, nothing is global.
-Faults that may pass are sat out, others are a `RunpollError`. All times are seconds, and None is no limit.
+`iter_status` yields them: the loop is yours. No start is sent twice where the first may have begun a run, nothing is
+cancelled unless you say so, nothing is global. All times are seconds, and None is no limit.
 """
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
-import functools
 import heapq
 import http.client
 import io
@@ -34,11 +30,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from enum import Enum
+from functools import partial
 from math import inf
-from time import monotonic
 from typing import Any, ClassVar, TypeVar, Union, overload
 from urllib.parse import quote, unquote, urljoin
 
@@ -177,31 +174,42 @@ _VOCABULARY = {
 _PHASES = {word: phase for phase, words in _VOCABULARY.items() for word in words.split()}
 
 
-def _repr(self: Any) -> str:
-    """As dataclass would write it, four times over, at every import."""
-    shown = (f"{part.name}={getattr(self, part.name)!r}" for part in fields(self) if part.repr)
-    return f"{type(self).__qualname__}({', '.join(shown)})"
+class _Value:
+    """What dataclass would write for each class anew, at every import."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        shown = (f"{part.name}={getattr(self, part.name)!r}" for part in fields(self) if part.repr)
+        return f"{type(self).__qualname__}({', '.join(shown)})"
+
+    def __eq__(self, other: object) -> bool:
+        return self._compared() == other._compared() if isinstance(other, _Value) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._compared())
+
+    def _compared(self) -> tuple[Any, ...]:
+        return type(self), *(getattr(self, part.name) for part in fields(self) if part.compare)
 
 
-@dataclass(frozen=True, repr=False)
-class ErrorInfo:
+@dataclass(frozen=True, eq=False, repr=False)
+class ErrorInfo(_Value):
     """What an API says of an error; `step` is the step of the run that failed."""
 
     message: str
     code: str | None = None
     step: str | None = None
     details: Any = None
-    __repr__ = _repr
 
 
-@dataclass(frozen=True, repr=False)
-class RunState:
+@dataclass(frozen=True, eq=False, repr=False)
+class RunState(_Value):
     """One answer about a run, `done` when it has ended, `ok` when it has succeeded.
 
-    `status` is the API's own word, `phase` its meaning, `raw` the whole answer, `params` the handle to store and resume
-    from. `duration`, `retry_after`, `elapsed` (since the iteration began) and `eta` (what seems to be left) are seconds,
-    `progress` is 0.0 to 1.0, timestamps are UTC. `polls` counts the iteration's good answers, `faults` the failed
-    attempts since the last. `status_url` is never followed.
+    `status` is the API's own word, `raw` its whole answer, `params` the handle to store and resume from. `duration`,
+    `retry_after`, `elapsed` (in this iteration) and `eta` are seconds, `progress` is 0.0 to 1.0, timestamps are UTC.
+    `polls` counts the iteration's good answers, `faults` the failed attempts since the last.
     """
 
     id: str
@@ -226,7 +234,6 @@ class RunState:
     eta: float | None = field(default=None, compare=False)
 
     __hash__ = None  # type: ignore[assignment]
-    __repr__ = _repr
 
     @property
     def done(self) -> bool:
@@ -270,10 +277,10 @@ def _json(content: bytes | str, *_: object) -> Any:
         raise BadResponse("is not JSON") from None  # the cause would carry the content
 
 
-def _dump(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+def _dump(value: Any, **options: Any) -> str:
     import json
 
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def _dig(value: Any, path: Sequence[str]) -> Any:
@@ -298,20 +305,18 @@ def _count(value: Any) -> int | None:
     return int(value) if _number(value) is not None and value % 1 == 0 else None
 
 
-_ISO_8601 = r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(:\d\d)?(?:[.,](\d+))?)? ?(?:[Zz]|([+-]\d\d):?(\d\d)?)?"
-
-
 def _instant(value: Any) -> datetime | None:
-    """ISO 8601, or Unix time in seconds or milliseconds."""
-    with contextlib.suppress(ValueError, OverflowError, OSError):
+    """ISO 8601, put together as Python 3.9 reads it, or Unix time in seconds or milliseconds."""
+    with suppress(ValueError, OverflowError, OSError):
+        if isinstance(value, str):
+            found = re.fullmatch(r"([\d-]{10})(?:[Tt ](\d\d:\d\d)(:\d\d)?(?:[.,](\d+))?)? ?(?:[Zz]|([+-]\d\d):?(\d\d)?)?", value)
+            day, minute, second, fraction, hours, minutes = found.groups("") if found else [""] * 6
+            value = datetime.fromisoformat(
+                f"{day}T{minute or '00:00'}{second or ':00'}.{fraction[:6]:0<6}{hours or '+00'}:{minutes or '00'}")
+        elif (number := _number(value)) is not None:
+            value = datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
         if isinstance(value, datetime):
             return value.astimezone(timezone.utc)
-        if isinstance(value, str) and (found := re.fullmatch(_ISO_8601, value)):
-            day, minute, second, fraction, hours, minutes = found.groups("")  # put together as Python 3.9 wants it
-            moment = f"{day}T{minute or '00:00'}{second or ':00'}.{fraction[:6]:0<6}{hours or '+00'}:{minutes or '00'}"
-            return datetime.fromisoformat(moment).astimezone(timezone.utc)
-        if (number := _number(value)) is not None:
-            return datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
     return None
 
 
@@ -320,36 +325,33 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     text = headers.get("Retry-After", "")
     if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
         return float(text) or None
-    with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
-        if text:
-            return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0) or None
+    with suppress(TypeError, ValueError, IndexError, OverflowError):
+        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0) or None
     return None
 
 
 def _error_info(said: Any) -> ErrorInfo | None:
     """An error in whichever of the usual forms."""
-    said = {"errors": said} if isinstance(said, list) else said
-    while isinstance(said, dict) and (inner := next((said[n] for n in ("error", "detail") if isinstance(said.get(n), dict)), None)):
-        said = inner
-    if isinstance(said, ErrorInfo):
-        return said
+    said = {"detail": said} if isinstance(said, list) else said
+    while isinstance(said, dict) and (inner := [said[n] for n in ("error", "detail") if isinstance(said.get(n), dict)]):
+        said = inner[0]
     if not isinstance(said, dict):
-        return ErrorInfo(_word(said) or "no text") if said else None
-    faults = next((said[name] for name in ("detail", "errors", "error") if isinstance(said.get(name), list)), ())
+        return said if isinstance(said, ErrorInfo) or not said else ErrorInfo(_word(said) or "no text")
+    more = [said[name] for name in ("details", "detail", "errors", "error") if said.get(name) is not None]
+    listed = "; ".join(_fault(fault) for part in more if isinstance(part, list) for fault in part)
     texts = [said.get(name) for name in ("message", "detail", "description", "title", "error")]
-    message: Any = next(filter(_text, (*texts, "; ".join(map(_fault, faults)), *said.values())), "no text")
-    details = next((said[name] for name in ("details", "detail", "errors", "error") if said.get(name) not in (None, message)), None)
+    message: Any = next(filter(_text, (*texts, listed, *said.values())), "no text")
     code = _word(said.get("code")) or (_text(said.get("error")) if said.get("error") != message else None)
-    return ErrorInfo(message, code, _text(said.get("step")), details if details != code else None)
+    return ErrorInfo(message, code, _text(said.get("step")), next((part for part in more if part not in (message, code)), None))
 
 
 def _fault(fault: Any) -> str:
     """What a validation says, like {"loc": ["body", "text"], "msg": "field required"}."""
     if not isinstance(fault, dict):
         return _text(fault) or ""
-    where, what = fault.get("loc") or fault.get("field"), fault.get("msg") or fault.get("message")
+    where = fault.get("loc")
     where = ".".join(map(str, where)) if isinstance(where, list) else where
-    return ": ".join(str(part) for part in (where, what) if part)
+    return ": ".join(str(part) for part in (where, fault.get("msg") or fault.get("message")) if part)
 
 
 def _one_line(text: str) -> str:
@@ -371,15 +373,11 @@ class _Path:
     """A path template with its method, like "DELETE /jobs/{run_id}"."""
 
     def __init__(self, template: str, method: str = "POST") -> None:
-        named, space, self.path = str.rpartition(template, " ")
-        rest = _PARAMETER.sub("", self.path)
-        if template and not (rest.startswith("/") and named.isalpha() == bool(space)) or "{" in rest or "}" in rest:
+        if not re.fullmatch("(([A-Za-z]+ )?/[^{} ]*)?", _PARAMETER.sub("x", template)):
             raise ValueError(f"a path template is like '/jobs/{{run_id}}', not like {template!r}")
+        named, _, self.path = template.rpartition(" ")
         self.method = (named or method).upper()
-        names = [name for _, name in _PARAMETER.findall(self.path)]
-        self.names = set(names)
-        if len(names) > len(self.names):
-            raise ValueError(f"{template!r} names a parameter twice")
+        self.names = {name for _, name in _PARAMETER.findall(self.path)}
 
     def fill(self, params: Mapping[str, Any]) -> str:
         """The path, each value encoded whole, so that it cannot change the rest."""
@@ -388,14 +386,24 @@ class _Path:
                 raise TypeError(f"{wrong} path parameter {', '.join(sorted(names))} for {self.path!r}")
 
         def encoded(found: re.Match[str]) -> str:
-            name, kept = found[2], found[1] and "/"
-            if not isinstance(value := params[name], (str, int)):
-                raise TypeError(f"path parameter {name} is a string or an integer, not a {type(value).__name__}")
-            if not {"", ".", ".."}.isdisjoint(str(value).split(kept or "\0")):
-                raise ValueError(f"path parameter {name} may have no empty, '.' or '..' segment: {value!r}")
-            return quote(str(value), safe=kept)
+            value, kept = str(_typed(f"path parameter {found[2]}", params[found[2]], str, int)), found[1] and "/"
+            if not {"", ".", ".."}.isdisjoint(value.split(kept or "\0")):
+                raise ValueError(f"path parameter {found[2]} may have no empty, '.' or '..' segment: {value!r}")
+            return quote(value, safe=kept)
 
         return _PARAMETER.sub(encoded, self.path)
+
+
+def _typed(name: str, value: Any, *kinds: type) -> Any:
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} has to be {' or '.join(kind.__name__ for kind in kinds)}, not {type(value).__name__}")
+    return value
+
+
+def _checked(name: str, value: Any, least: float = 0.0, most: float = 1e9) -> Any:
+    if not least <= _typed(name, value, float, int) <= most:
+        raise ValueError(f"{name} has to be from {least:g} to {most:g}, not {value!r}")
+    return value
 
 
 _Run = Union[str, "Mapping[str, Any]", RunState]
@@ -413,13 +421,13 @@ _FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "duration": (_number, "duration_seconds"),
     "steps_done": (_count, "steps_done steps_completed completed_steps finished_steps"),
     "steps_total": (_count, "steps_total total_steps"),
-    "progress": (functools.partial(_number, most=1), "progress"),
+    "progress": (partial(_number, most=1), "progress"),
     "status_url": (_text, "status_url"),
 }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Api:
+class Api(_Value):
     """How one API speaks. `Api(base_url="https://api.example.com", status="/jobs/{run_id}")` drives an ordinary one.
 
     Args:
@@ -450,7 +458,6 @@ class Api:
     _phases: ClassVar[dict[str, Phase]]
     _places: ClassVar[dict[str, Any]]
     _root: ClassVar[list[str]]
-    __repr__ = _repr
 
     def __post_init__(self) -> None:
         _base_url(self.base_url)
@@ -464,8 +471,7 @@ class Api:
         ):
             if wrong:
                 raise ValueError(f"{rule}: {', '.join(sorted(wrong))}")
-        place, _, name = str.partition(self.idempotency, ":")
-        if self.idempotency and (place not in ("header", "body") or name.split() != [name]):
+        if not re.fullmatch(r"((header|body):\S+)?", self.idempotency):
             raise ValueError(f"idempotency is 'header:NAME' or 'body:NAME', not {self.idempotency!r}")
         phases = {**_PHASES, **{_bare(word): Phase(phase) for word, phase in dict(self.phases).items()}}
         places = {**_USUAL, **{name: _place(where) for name, where in self.fields.items()}}
@@ -481,13 +487,13 @@ class Api:
         alone; `headers` are compared without regard to case.
         """
         headers = headers if isinstance(headers, HTTPHeaderDict) else HTTPHeaderDict(headers or {})
+        asked: dict[str, Any] = dict(params or {})
+        starts = params is not None and "run_id" not in asked
         run = _dig(body, self._root)
         with _readable("a field of the Api"):
             found = {name: _first(run, place, _FIELDS[name][0]) for name, place in self._places.items()}
-        asked: dict[str, Any] = dict(params or {})
-        starts = params is not None and "run_id" not in asked
         if starts and not found["id"] and "Location" in headers:
-            with contextlib.suppress(ValueError):  # it leads elsewhere
+            with suppress(ValueError):  # it leads elsewhere
                 asked.update(self._from_url(urljoin(self.base_url + self._paths[0].path, headers["Location"])))
         found["id"] = found["id"] or asked.get("run_id")
         found["status"] = found["status"] or ("" if starts else None)
@@ -507,9 +513,7 @@ class Api:
         """The path parameters of a run, however it is named."""
         if isinstance(run, str):
             run = self._from_url(run) if run.startswith(("http://", "https://")) else {"run_id": run}
-        params = run.params if isinstance(run, RunState) else run
-        if not isinstance(params, Mapping):
-            raise TypeError(f"a run is an id, a mapping of path parameters, a RunState or a status URL, not {run!r}")
+        params = run.params if isinstance(run, RunState) else _typed("a run", run, str, Mapping, RunState)
         self._paths[1].fill(params)
         return {name: str(value) for name, value in params.items()}
 
@@ -525,7 +529,7 @@ class Api:
         return self._handle({name: unquote(value) for name, value in found.groupdict().items()})
 
 
-@contextlib.contextmanager
+@contextmanager
 def _readable(where: str) -> Generator[None, None, None]:
     """Code that is not ours reads an answer here."""
     try:
@@ -534,15 +538,15 @@ def _readable(where: str) -> Generator[None, None, None]:
         raise BadResponse(f"could not be read ({type(error).__name__} in {where})") from error
 
 
+def _place(where: _Field) -> Any:
+    """A callable, or dotted paths, split."""
+    return where if callable(where) else [str.split(path, ".") for path in ([where] if isinstance(where, str) else where)]
+
+
 def _spellings(names: str) -> list[str]:
     """created_at is createdAt, too."""
     camel = re.sub("_(.)", lambda found: found[1].upper(), names)
     return [name for both in zip(names.split(), camel.split()) for name in dict.fromkeys(both)]
-
-
-def _place(where: _Field) -> Any:
-    """A callable, or dotted paths, split."""
-    return where if callable(where) else [str.split(path, ".") for path in ([where] if isinstance(where, str) else where)]
 
 
 _USUAL = {name: _place(_spellings(usual)) for name, (_, usual) in _FIELDS.items()}
@@ -550,10 +554,8 @@ _USUAL = {name: _place(_spellings(usual)) for name, (_, usual) in _FIELDS.items(
 
 def _first(run: Any, place: Any, convert: Callable[[Any], Any]) -> Any:
     """The first value at `place` that `convert` takes, else None."""
-    if callable(place):
-        return convert(place(run))
-    for path in place:
-        if (value := _dig(run, path)) is not None and (value := convert(value)) is not None:
+    for value in [place(run)] if callable(place) else (_dig(run, path) for path in place):
+        if value is not None and (value := convert(value)) is not None:
             return value
     return None
 
@@ -577,18 +579,15 @@ def _origin(url: Url) -> str:
 # ---- The built-in APIs, as their documents describe them
 
 
-def _scaled(factor: float, *paths: str) -> Callable[[Any], float | None]:
-    """Reads a number that is in another unit."""
-    return functools.partial(_scale, factor, _place(paths))
-
-
-def _scale(factor: float, place: Any, body: Any) -> float | None:
-    return None if (number := _first(body, place, _number)) is None else number * factor
+def _scaled(factor: float, paths: str, body: Any) -> float | None:
+    """A number that is in another unit, at the first of `paths`."""
+    number = _first(body, _place(paths.split()), _number)
+    return None if number is None else number * factor
 
 
 def _held(switch: str, on: object, milliseconds: str, usual: float, body: Any) -> float:
     """For how many seconds a start is held whose body has `on` at `switch`."""
-    return (_scaled(0.001, milliseconds)(body) or usual) if _dig(body, switch.split(".")) == on else 0.0
+    return (_scaled(0.001, milliseconds, body) or usual) if _dig(body, switch.split(".")) == on else 0.0
 
 
 RAPIDFOLIO = Api(
@@ -597,7 +596,7 @@ RAPIDFOLIO = Api(
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
     phases={"timeout": Phase.RUNNING},  # of a synchronous start that the server holds no longer
-    hold=functools.partial(_held, "control.executionMode", "sync", "control.executionTimeout", 60.0),
+    hold=partial(_held, "control.executionMode", "sync", "control.executionTimeout", 60.0),
 )
 DOCLO = Api(
     base_url="https://app.doclo.ai/api/v1",
@@ -605,13 +604,13 @@ DOCLO = Api(
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
     fields={
-        "duration": _scaled(0.001, "duration", "metrics.durationMs"),
+        "duration": partial(_scaled, 0.001, "duration metrics.durationMs"),
         "steps_done": "metrics.stepsRun",
         "steps_total": "metrics.stepsTotal",
-        "progress": _scaled(0.01, "progress.percentage"),
+        "progress": partial(_scaled, 0.01, "progress.percentage"),
     },
     idempotency="body:idempotencyKey",
-    hold=functools.partial(_held, "wait", True, "timeout", 30.0),
+    hold=partial(_held, "wait", True, "timeout", 30.0),
 )
 DIBBY = Api(base_url="https://dibby.ai/api", start="/runs", status="/runs/{run_id}", fields={"steps_total": "steps"})
 ONEPIN = Api(
@@ -630,13 +629,13 @@ class _Receiver(io.RawIOBase):
     """All receives share the socket's timeout; http.client would allow it to each."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
-        self._sock, self._raw, self._end = sock, raw, monotonic() + (sock.gettimeout() or 0.0)
+        self._sock, self._raw, self._end = sock, raw, time.monotonic() + (sock.gettimeout() or 0.0)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        left = self._end - monotonic()
+        left = self._end - time.monotonic()
         if left <= 0:
             raise socket.timeout("timed out")
         self._sock.settimeout(left)
@@ -662,28 +661,25 @@ class _HTTP(HTTPConnection):
     response_class = _Response
     used_at = -inf
 
-    def _new_conn(self) -> socket.socket:
-        """As urllib3 connects, but the host's addresses share the timeout, and leave what is left of it to TLS."""
-        host, timeout, addresses = self._dns_host, self.timeout or 0.0, [self._dns_host]
-        end = monotonic() + timeout
-        with contextlib.suppress(OSError, UnicodeError):  # which urllib3 then puts into its own words
-            addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, self.port, 0, socket.SOCK_STREAM)]
-        for left in range(len(addresses), 0, -1):
-            try:
-                self._dns_host, self.timeout = addresses[-left], max((end - monotonic()) / left, 0.001)
-                sock = super()._new_conn()
-                sock.settimeout(max(end - monotonic(), 0.001))
-                return sock
-            except HTTPError:
-                if left == 1:
-                    raise
-            finally:
-                self._dns_host, self.timeout = host, timeout
-        raise AssertionError("a host has an address")
-
     def request(self, *args: Any, **kwargs: Any) -> None:
-        self.used_at = monotonic()
+        self.used_at = time.monotonic()
         super().request(*args, **kwargs)
+
+    def _new_conn(self) -> socket.socket:
+        """As urllib3 connects, but a host's addresses share the timeout, and TLS has what they leave of it."""
+        host, timeout = self._dns_host, self.timeout
+        end, addresses = time.monotonic() + (timeout or 0.0), [host]
+        with suppress(OSError, UnicodeError):  # which urllib3 then puts into its own words
+            addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, self.port, 0, socket.SOCK_STREAM)]
+        try:
+            while True:
+                self._dns_host, self.timeout = addresses.pop(0), max((end - time.monotonic()) / (len(addresses) + 1), 0.001)
+                with suppress(*([HTTPError] if addresses else [])):
+                    sock = super()._new_conn()
+                    sock.settimeout(max(end - time.monotonic(), 0.001))
+                    return sock
+        finally:
+            self._dns_host, self.timeout = host, timeout
 
 
 class _HTTPS(_HTTP, HTTPSConnection):
@@ -715,20 +711,12 @@ def _headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     return {name.title(): value for name, value in headers.items()}
 
 
-def _checked(name: str, value: Any, least: float = 0.0, most: float = inf) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} has to be a number, not {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} has to be from {least:g} to {most:g}, not {value!r}")
-    return value
-
-
 def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any) -> RunpollError:
     """What went wrong with an attempt, without the key, even where the API sent it back."""
-    content, status = ask.clean(body.decode("utf-8", "replace")), response and response.status
-    known: dict[str, Any] = {"http_status": status, "body": content[:500]}
+    text, status = ask.clean(body.decode("utf-8", "replace")), response and response.status
+    known: dict[str, Any] = {"http_status": status, "body": text[:500]}
     kind: type[RunpollError] = ApiError
-    begun, cause, advice = True, fault, "try again later"
+    begun, advice = True, "try again later"
     if isinstance(fault, _NO_ANSWER):
         inner = fault = getattr(fault, "original_error", fault)  # of a proxy's
         while nested := next((arg for arg in inner.args if isinstance(arg, BaseException)), None):
@@ -740,29 +728,25 @@ def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any
         what = f"no answer within {round(seconds, 2):g} s" if "timed out" in str(inner) else _one_line(str(inner).rpartition(": ")[2])
         advice = "check the host, or trust its certificate by pool=" if untrusted else advice
     elif fault:
-        kind, cause, known["_transient"] = BadResponse, fault.__cause__, fault._transient
+        kind, known["_transient"] = BadResponse, fault._transient
         what, advice = f"answered HTTP {status}, but the answer {fault}", "check the base_url and the Api"
     else:
-        begun, headers = status >= 500 or status == 408, response.headers
         try:
-            said = _json(content)
-            dumped = _dump(said)  # where a key has no escapes to hide behind
-            if (safe := ask.clean(dumped)) != dumped:
-                known["body"], said = safe[:500], _json(safe)
+            said = _json(ask.clean(_dump(_json(text))))  # dumped, a key has no escapes to hide behind
         except (BadResponse, RecursionError):
-            said = _one_line(content)
+            said = _one_line(text)
         error = _error_info(said) or ErrorInfo(ask.clean(response.reason or "no text"))
+        headers = HTTPHeaderDict({name: ask.clean(value) for name, value in response.headers.items()})
         request_id = headers.get("X-Request-Id") or headers.get("Request-Id") or _text(_dig(said, ["meta", "request_id"]))
-        known.update(error=error, request_id=request_id and ask.clean(request_id), retry_after=_retry_after(headers),
-                     _transient=status in _TRANSIENT)
+        known.update(error=error, request_id=request_id, retry_after=_retry_after(headers), _transient=status in _TRANSIENT)
         what = f"answered HTTP {status}: {_one_line(error.message)}" + (f" (request {request_id})" if request_id else "")
         if status < 400 and "Location" in headers:
             what += f", to {headers['Location'].partition('?')[0]}"
-        advice = _ADVICE.get(status) or _ADVICE.get(status // 100, advice)
+        begun, advice = status >= 500 or status == 408, _ADVICE.get(status) or _ADVICE.get(status // 100, advice)
     if ask.starts:
         advice += "; a run may have begun: look before you start it again" if begun else "; no run has begun"
     raised = kind(ask.clean(f"{ask.name}: {what}; {advice}"), params=ask.run, **known)
-    raised.__cause__ = link = cause
+    raised.__cause__ = link = fault.__cause__ if isinstance(fault, BadResponse) else fault
     while link:
         if ask.clean(str(link)) != str(link):
             raised.__cause__ = None
@@ -791,19 +775,15 @@ class Session:
     def __init__(self, api: Api, api_key: str | Callable[[], str] | None = None, *, base_url: str | None = None,
                  headers: Mapping[str, str] | None = None, request_timeout: float = 30.0, retries: int = 3,
                  max_body: int = 16 * 2**20, pool: urllib3.PoolManager | None = None, allow_http: bool = False,
-                 sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = monotonic) -> None:
-        if not isinstance(api, Api):
-            raise TypeError(f"api has to be an Api, not {type(api).__name__}")
-        if not isinstance(pool, (urllib3.PoolManager, type(None))):
-            raise TypeError(f"pool has to be a urllib3.PoolManager, not {type(pool).__name__}")
-        base = _base_url(base_url or api.base_url)
+                 sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic) -> None:
+        base = _base_url(base_url or _typed("api", api, Api).base_url)
         self._api = _but(api, base_url=base.url)
         self._key = api_key if callable(api_key) else self._prove(api_key)
         self._headers = {"Accept": "application/json", "User-Agent": f"runpoll/{__version__}", **_headers(headers)}
-        self._timeout = _checked("request_timeout", request_timeout, 0.001, 1e9)
-        self._retries, self._max_body = _checked("retries", retries, most=1e9), int(_checked("max_body", max_body, most=1e18))
-        self._sleep, self._clock = sleep, clock
-        self._closed, self._held_until, self._lock = False, -inf, threading.Lock()
+        self._timeout = _checked("request_timeout", request_timeout, 0.001)
+        self._retries, self._max_body = _checked("retries", retries), _checked("max_body", max_body, most=inf)
+        self._sleep, self._clock, self._lock = sleep, clock, threading.Lock()
+        self._closed, self._held_until = False, -inf
         self._unknown: set[str] = set()  # the status words that were warned of
 
         proxy = None if pool else _proxy(base)
@@ -812,11 +792,12 @@ class Session:
             raise ValueError("the key would go over plain http: use https, or allow_http=True if the network is yours")
         self._origin = _origin(base)
         self._prefix = (self._origin if pool or (proxy and hops) else "") + (base.path or "").rstrip("/")
-        self._pool, self._owned = pool or urllib3.PoolManager(maxsize=0), not pool  # 0: keep all that are needed
+        self._pool = _typed("pool", pool or urllib3.PoolManager(maxsize=0), urllib3.PoolManager)  # 0: keep all that are needed
         if proxy:
             auth = make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy.auth else None
             self._pool = urllib3.ProxyManager(proxy._replace(auth=None).url, maxsize=0, proxy_headers=auth)
         self._send: Callable[..., Any] = self._pool.urlopen
+        self._owned = not pool
         if not pool:  # the host's own pool saves a fifth of a poll, and lets its connections be ours
             host: Any = self._pool.connection_from_url(self._origin)
             host.ConnectionCls = _HTTPS if host.scheme == "https" else _HTTP
@@ -848,15 +829,13 @@ class Session:
         if not api.start:
             raise ValueError("this Api has no start template")
         if idempotency_key is not None:
-            if not str.strip(idempotency_key):
-                raise ValueError("the idempotency key is empty")
             place, _, name = api.idempotency.partition(":")
+            if not place or not str.strip(idempotency_key):
+                raise ValueError("the idempotency key is empty, or this Api has none")
             if place == "header":
                 headers = {**(headers or {}), name: idempotency_key}
-            elif place:
-                body = {**(body or {}), name: idempotency_key}
             else:
-                raise ValueError("this Api has no idempotency keys")
+                body = {**(body or {}), name: idempotency_key}
         if api.hold and request_timeout is None and (held := api.hold(body)):
             request_timeout = max(self._timeout, held + _HOLD_MARGIN)
         given = {name: str(value) for name, value in params.items() if name in status_path.names}
@@ -867,12 +846,11 @@ class Session:
                 raise BadResponse("has no state")
             return state
 
-        ask = _Pursuit(self, path, params, read, body, headers, request_timeout, starts=True)
-        return self._call(ask)  # type: ignore[no-any-return]
+        return self._call(path, params, read, body, headers, request_timeout, starts=True)  # type: ignore[no-any-return]
 
     def poll(self, run: _Run) -> RunState:
         """One status request, for an id, path parameters, a RunState, or a status URL of the API's."""
-        return self._call(self._polls(run))  # type: ignore[no-any-return]
+        return self._call(**self._following(run))  # type: ignore[no-any-return]
 
     def cancel(self, run: _Run, body: Any = None) -> bool:
         """Cancel a run, as `concurrent.futures.Future.cancel`: False when it had already ended otherwise.
@@ -887,7 +865,7 @@ class Session:
         handle = self._api._handle(run)
 
         def read(*answer: Any) -> RunState | None:
-            with contextlib.suppress(BadResponse):
+            with suppress(BadResponse):
                 state = self._state(None, *answer)
                 return state if state.id == handle["run_id"] else None
             return None
@@ -895,7 +873,7 @@ class Session:
         state: RunState | None = None
         refusal = None
         try:
-            state = self._call(_Pursuit(self, path, {name: handle[name] for name in path.names}, read, body, run=handle))
+            state = self._call(path, {name: handle[name] for name in path.names}, read, body, run=handle)
         except ApiError as error:
             if error.http_status not in (404, 409, 410, 422):
                 raise
@@ -917,13 +895,12 @@ class Session:
 
         POST and PATCH are tried again as a start is.
         """
-        template = _Path(f"{str.upper(method)} {path}")
-        return self._call(_Pursuit(self, template, dict(params or {}), _json, body, headers, request_timeout))
+        return self._call(_Path(f"{str.upper(method)} {path}"), dict(params or {}), _json, body, headers, request_timeout)
 
-    def _polls(self, run: _Run, **limits: Any) -> _Pursuit:
+    def _following(self, run: _Run) -> dict[str, Any]:
+        """The arguments of the _Pursuit of a run."""
         handle = self._api._handle(run)
-        read, handed = functools.partial(self._state, handle), run if isinstance(run, RunState) else None
-        return _Pursuit(self, self._api._paths[1], handle, read, run=handle, handed=handed, **limits)
+        return {"path": self._api._paths[1], "params": handle, "run": handle, "read": partial(self._state, handle)}
 
     def _state(self, params: dict[str, str] | None, content: bytes, headers: HTTPHeaderDict, status: int) -> RunState:
         said = _json(content)
@@ -932,9 +909,10 @@ class Session:
             handle = params if params and "run_id" in params else {"run_id": state.id, **(params or {}), **state.params}
             return _but(state, status="" + state.status, phase=Phase(state.phase), params=dict(handle))
 
-    def _call(self, ask: _Pursuit) -> Any:
+    def _call(self, *request: Any, **options: Any) -> Any:
         """The answer to a direct call, with its waits."""
-        ask.retries, steps = self._retries, ask.answer(self._clock())
+        ask = _Pursuit(self, *request, **options, retries=self._retries)
+        steps = ask.answer(self._clock())
         try:
             while not self._nap(next(steps)):
                 pass
@@ -950,9 +928,7 @@ class Session:
 
     def _prove(self, key: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
         """The key as it is and in JSON, to be kept out of texts (three characters are none), and the header that carries it."""
-        if not isinstance(key, (str, type(None))):
-            raise TypeError(f"api_key has to be a string, or a callable that returns one, not {type(key).__name__}")
-        key = (key or "").strip()
+        key = _typed("api_key", "" if key is None else key, str).strip()
         auth = _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
         return (key, _dump(key)[1:-1]) if len(key) > 3 else (), auth
 
@@ -962,7 +938,7 @@ class Session:
             raise RuntimeError("the session is closed")
         ask.key, auth = self._prove(self._key()) if callable(self._key) else self._key
         if ask.starts or not ask.repeatable:
-            self._close_idle()
+            self._hang_up()
         response: Any = None
         body, fault = b"", None
         try:
@@ -996,12 +972,12 @@ class Session:
             raise BadResponse(f"is larger than max_body, {self._max_body} bytes", _transient=False)
         return bytes(body)
 
-    def _close_idle(self) -> None:
+    def _hang_up(self) -> None:
         """A connection long idle may be dead, which is learned too late for what is not sent again."""
         idle: Any = self._pool.connection_from_url(self._origin).pool
         with idle.mutex:  # nobody takes one meanwhile
             for connection in filter(None, idle.queue):
-                if monotonic() - getattr(connection, "used_at", -inf) > _IDLE_MOST:
+                if time.monotonic() - getattr(connection, "used_at", -inf) > _IDLE_MOST:
                     connection.close()
 
 
@@ -1016,9 +992,10 @@ class _Pursuit:
 
     def __init__(self, session: Session, path: _Path, params: Mapping[str, Any], read: Callable[..., Any], body: Any = None,
                  headers: Mapping[str, str] | None = None, request_timeout: float | None = None, *,
-                 run: dict[str, str] | None = None, starts: bool = False, handed: RunState | None = None,
-                 begun: float = 0.0, timeout: float = inf, max_outage: float = inf) -> None:
+                 run: dict[str, str] | None = None, starts: bool = False, handed: RunState | None = None, begun: float = 0.0,
+                 timeout: float = inf, max_outage: float = inf, retries: float = inf) -> None:
         self.session, self.read, self.run, self.starts, self.handed = session, read, run, starts, handed
+        self.begun, self.timeout, self.max_outage, self.retries = begun, timeout, max_outage, retries
         self.method, self.target = path.method, session._prefix + path.fill(params)
         shown = f"{self.method} {self.target.partition('?')[0]}"
         self.name = f"run {_printable(run['run_id'])} ({shown})" if run else f"start ({shown})" if starts else shown
@@ -1027,13 +1004,11 @@ class _Pursuit:
         self.repeatable = bool(run or keyed or self.method in _IDEMPOTENT)
         self.body = None if body is None else _dump(body, allow_nan=False).encode()
         self.headers = {**session._headers, **({"Content-Type": "application/json"} if self.body else {}), **own}
-        self.request_timeout = _checked(
-            "request_timeout", session._timeout if request_timeout is None else request_timeout, 0.001, 1e9)
-        self.begun, self.timeout, self.max_outage = begun, timeout, max_outage
+        self.request_timeout = session._timeout if request_timeout is None else _checked("request_timeout", request_timeout, 0.001)
         self.state: RunState | None = None
         self.fault: RunpollError | None = None
         self.key: tuple[str, ...] = ()
-        self.retries, self.faults, self.polls, self.took = inf, 0, 0, 0.0
+        self.faults, self.polls, self.took = 0, 0, 0.0
         self.since: dict[bool, float] = {}  # when the first fault since a good answer was, a 404 that may pass apart
 
     def clean(self, text: str) -> str:
@@ -1050,8 +1025,7 @@ class _Pursuit:
             yield from self.pause(due)
             asked = session._clock()
             try:
-                left = self.begun + self.timeout - asked
-                answer = session._attempt(self, max(min(self.request_timeout, left), 0.001))
+                answer = session._attempt(self, max(min(self.request_timeout, self.begun + self.timeout - asked), 0.001))
             except RunpollError as fault:
                 self.faults += 1
                 due = self.retry_at(fault, session._clock())
@@ -1129,8 +1103,8 @@ class _Pursuit:
             due = answered + (min(state.retry_after or 0.0, _RETRY_AFTER_MOST) or interval(state, waits))
 
 
-@dataclass(frozen=True, repr=False)
-class Backoff:
+@dataclass(frozen=True, eq=False, repr=False)
+class Backoff(_Value):
     """The default interval, a pure function of the state (and chance), which serves any number of runs.
 
     The seconds to wait grow from `initial` by `factor` a poll to `maximum`, give or take the share `jitter`. Where there
@@ -1143,7 +1117,6 @@ class Backoff:
     jitter: float = 0.1
     pace: float | None = 0.7
     paused: float = 30.0
-    __repr__ = _repr
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -1154,23 +1127,13 @@ class Backoff:
         if state.phase is Phase.PAUSED:
             return self.paused * chance
         wait = self.maximum
-        with contextlib.suppress(OverflowError):
+        with suppress(OverflowError):
             wait = min(self.initial * self.factor ** max(0, state.polls - 1), wait)
         wait = min(wait * chance, self.maximum)
         return wait if self.pace is None or state.eta is None else min(wait, max(self.pace * state.eta, self.initial))
 
 
 _Interval = Union[float, "Sequence[float]", Callable[[RunState], float]]
-
-
-def _waits(interval: _Interval) -> Callable[[RunState, int], float]:
-    """The seconds to wait after a state, for the how-manieth time."""
-    if callable(interval):
-        return lambda state, _: _checked("interval", interval(state), most=1e9)
-    numbers = [_checked("interval", number, most=1e9) for number in (interval if isinstance(interval, Sequence) else [interval])]
-    if not numbers:
-        raise ValueError("interval is an empty sequence")
-    return lambda state, index: numbers[min(index, len(numbers) - 1)]
 
 
 def iter_status(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
@@ -1188,17 +1151,43 @@ def iter_status(session: Session, run: _Run, *, interval: _Interval = Backoff(),
         PollTimeout: `iter_status(session, error.params)` takes the run up again.
         RunpollError: a fault that does not pass.
     """
-    pursuit = _following(session, timeout, max_outage)(run)
-    return _drive(session, pursuit.states(_waits(interval)))
+    return _drive(session, _pursuits(session, [run], timeout, max_outage)[0].states(_waits(interval)))
 
 
-def _following(session: Session, timeout: float | None, max_outage: float | None) -> Callable[[_Run], _Pursuit]:
-    """Makes the pursuits of an iteration, whose clock starts here."""
-    if not hasattr(session, "_polls"):
+def wait(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
+         max_outage: float | None = 60.0) -> RunState:
+    """The last state of `iter_status`, with its arguments and errors; PollTimeout, too, when `sleep` ends it."""
+    pursuit, = _pursuits(session, [run], timeout, max_outage)
+    for state in _drive(session, pursuit.states(_waits(interval))):
+        if state.done:
+            return state
+    raise pursuit.timed_out("ended, when sleep() ended the wait,")
+
+
+def _pursuits(session: Session, runs: Iterable[_Run], timeout: float | None, max_outage: float | None) -> list[_Pursuit]:
+    """Those of an iteration, whose clock starts here; a run given twice has one."""
+    if not hasattr(session, "_following"):
         raise TypeError(f"session has to be a Session, not {type(session).__name__}")
-    timeout = inf if timeout is None else _checked("timeout", timeout, -inf)
-    max_outage = inf if max_outage is None else _checked("max_outage", max_outage)
-    return functools.partial(session._polls, begun=session._clock(), timeout=timeout, max_outage=max_outage)
+    limits: dict[str, Any] = {
+        "begun": session._clock(),
+        "timeout": inf if timeout is None else _checked("timeout", timeout, -inf, inf),
+        "max_outage": inf if max_outage is None else _checked("max_outage", max_outage, most=inf),
+    }
+    pursuits: dict[str, _Pursuit] = {}
+    for run in runs:
+        pursuit = _Pursuit(session, **session._following(run), **limits, handed=run if isinstance(run, RunState) else None)
+        pursuits.setdefault(pursuit.target, pursuit)
+    return list(pursuits.values())
+
+
+def _waits(interval: _Interval) -> Callable[[RunState, int], float]:
+    """The seconds to wait after a state, for the how-manieth time."""
+    if callable(interval):
+        return lambda state, _: _checked("interval", interval(state))
+    numbers = [_checked("interval", number) for number in (interval if isinstance(interval, Sequence) else [interval])]
+    if not numbers:
+        raise ValueError("interval is an empty sequence")
+    return lambda state, index: numbers[min(index, len(numbers) - 1)]
 
 
 def _drive(session: Session, steps: Generator[float | RunState, None, None]) -> Generator[RunState, None, None]:
@@ -1207,16 +1196,6 @@ def _drive(session: Session, steps: Generator[float | RunState, None, None]) -> 
             yield step
         elif session._nap(step):
             return
-
-
-def wait(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
-         max_outage: float | None = 60.0) -> RunState:
-    """The last state of `iter_status`, with its arguments and errors; PollTimeout, too, when `sleep` ends it."""
-    pursuit = _following(session, timeout, max_outage)(run)
-    for state in _drive(session, pursuit.states(_waits(interval))):
-        if state.done:
-            return state
-    raise pursuit.timed_out("ended, when sleep() ended the wait,")
 
 
 # ---- Many runs at once
@@ -1234,128 +1213,102 @@ def iter_batch(session: Session, runs: Iterable[_Run], *, timeout: float | None,
     """
     if isinstance(runs, (str, Mapping)):
         raise TypeError("runs has to be an iterable of runs; for one there is iter_status")
-    pursuits: dict[str, _Pursuit] = {}
-    for pursuit in map(_following(session, timeout, max_outage), runs):
-        pursuits.setdefault(pursuit.target, pursuit)
-    batch = _Batch(session, list(pursuits.values()), _waits(interval))
-    return batch.states(min(int(_checked("workers", workers, 1, 1e6)), len(pursuits)))
+    pursuits = _pursuits(session, runs, timeout, max_outage)
+    return _batch(session, pursuits, _waits(interval), min(int(_checked("workers", workers, 1)), len(pursuits)))
 
 
-class _Batch:
+def _batch(session: Session, pursuits: list[_Pursuit], interval: Callable[[RunState, int], float],
+           workers: int) -> Generator[RunState, None, None]:
     """Workers resume the pursuits that are due; the consumer takes the states that come of it, and waits."""
+    steps = [pursuit.states(interval) for pursuit in pursuits]
+    due = [(pursuit.begun, index) for index, pursuit in enumerate(pursuits)]  # a heap
+    ready: list[tuple[int, RunState]] = []
+    errors: dict[int, RunpollError] = {}
+    late: dict[int, _Pursuit] = {}
+    fatal: BaseException | None = None
+    changed, busy, closed, refused = threading.Condition(), 0, False, False
 
-    def __init__(self, session: Session, pursuits: list[_Pursuit], interval: Callable[[RunState, int], float]) -> None:
-        self.session, self.pursuits = session, pursuits
-        self.steps = [pursuit.states(interval) for pursuit in pursuits]
-        self.due = [(pursuit.begun, index) for index, pursuit in enumerate(pursuits)]  # a heap
-        self.ready: list[tuple[int, RunState]] = []
-        self.late: set[int] = set()
-        self.errors: dict[int, RunpollError] = {}
-        self.fatal: BaseException | None = None
-        self.busy, self.watched, self.stopped, self.closed = 0, False, False, False
-        lock = threading.RLock()
-        self.work, self.news = threading.Condition(lock), threading.Condition(lock)
-
-    def states(self, workers: int) -> Generator[RunState, None, None]:
-        threads = [threading.Thread(target=self.worker, daemon=True) for _ in range(workers)]
-        try:
-            for thread in threads:
-                thread.start()
-            while state := self.take():
-                yield state
-        finally:
-            with self.work:
-                self.closed = True
-                self.work.notify_all()
-        for thread in threads if not self.busy else ():
-            thread.join()
-        if self.stopped:
-            return
-        errors, late = [self.errors[index] for index in sorted(self.errors)], [self.pursuits[index] for index in sorted(self.late)]
-        if late and not self.refused():
-            raise PollTimeout(
-                f"{len(late)} of {len(self.pursuits)} runs not ended within {late[0].timeout:g} s, the first {late[0].name}; they "
-                "go on, and iter_batch(session, error.runs, timeout=...) resumes them",
-                runs=[pursuit.run for pursuit in late], states=[pursuit.state for pursuit in late if pursuit.state], errors=errors)
-        if errors:
-            first = "; ".join(map(str, errors[:3]))
-            raise BatchError(f"{len(errors)} of {len(self.pursuits)} runs could not be followed: {first}", errors=errors)
-
-    def refused(self) -> bool:
-        return any(getattr(error, "http_status", 0) == 401 for error in self.errors.values())
-
-    def take(self) -> RunState | None:
-        """The next state that has arrived, None when there will be no more."""
-        session = self.session
-        while True:
-            with self.news:
-                if self.fatal:
-                    raise self.fatal
-                if self.refused() or not (self.ready or self.busy or self.due):
-                    return None
-                if self.ready:
-                    index, state = self.ready.pop(0)
-                    if not state.done:
-                        self.put(index, self.resume(index))  # no more than when the next poll is due
-                    return state
-                until = self.due[0][0] if self.due else inf
-                overdue = until - session._clock() < _TICK
-                if overdue:
-                    self.work.notify()  # who waits may have slept through a leap of the clock
-                if overdue or self.busy:  # there is news to come
-                    self.stopped = session._sleep is not time.sleep and session._sleep(0.0) is True
-                    if not self.stopped:
-                        self.news.wait()
-                        continue
-            if self.stopped or session._nap(until):
-                self.stopped = True
-                return None
-            with self.work:
-                self.work.notify_all()
-
-    def worker(self) -> None:
-        with self.work:
-            while not self.closed:
-                wait = self.due[0][0] - self.session._clock() if self.due else inf
-                if wait < _TICK:
-                    index = heapq.heappop(self.due)[1]
-                    self.busy += 1
-                    self.work.notify()  # for another to watch the next
-                    self.work.release()
-                    try:
-                        step = self.resume(index)
-                    finally:
-                        self.work.acquire()
-                        self.busy -= 1
-                    self.put(index, step)
-                elif self.watched or not self.due:
-                    self.work.wait()
-                else:  # one watches the clock for all
-                    self.watched = True
-                    self.work.wait(min(wait, threading.TIMEOUT_MAX))
-                    self.watched = False
-
-    def put(self, index: int, step: float | RunState | None) -> None:
-        if isinstance(step, RunState):
-            self.ready.append((index, step))
-        elif step is not None:
-            heapq.heappush(self.due, (step, index))
-            if self.due[0][1] == index:
-                self.work.notify_all()
-        self.news.notify()
-
-    def resume(self, index: int) -> float | RunState | None:
+    def resume(index: int) -> Any:
         """What a pursuit yields next, None when it is over."""
         try:
-            return next(self.steps[index], None)
-        except PollTimeout:
-            self.late.add(index)
-        except RunpollError as error:
-            self.errors[index] = error
-            _log.warning("%s; the others go on", error)
-        except BaseException as error:  # noqa: BLE001  # the consumer raises it
-            self.fatal = error
-        return None
+            return next(steps[index], None)
+        except BaseException as error:  # noqa: BLE001  # for the consumer
+            return error
+
+    def put(index: int, step: Any) -> None:
+        nonlocal fatal, refused
+        if isinstance(step, RunState):
+            ready.append((index, step))
+        elif isinstance(step, PollTimeout):
+            late[index] = pursuits[index]
+        elif isinstance(step, RunpollError):
+            errors[index], refused = step, refused or getattr(step, "http_status", 0) == 401
+            _log.warning("%s; the others go on", step)
+        elif isinstance(step, BaseException):
+            fatal = step
+        elif step is not None:
+            heapq.heappush(due, (step, index))
+        changed.notify_all()
+
+    def work() -> None:
+        nonlocal busy
+        with changed:
+            while not closed:
+                wait = due[0][0] - session._clock() if due else inf
+                if wait >= _TICK:
+                    changed.wait(min(wait, threading.TIMEOUT_MAX))
+                    continue
+                index = heapq.heappop(due)[1]
+                busy += 1
+                changed.release()
+                step = resume(index)
+                changed.acquire()
+                busy -= 1
+                put(index, step)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        while True:
+            state, until = None, inf
+            with changed:
+                if fatal:
+                    raise fatal
+                if refused or not (ready or busy or due):
+                    break
+                if ready:
+                    index, state = ready.pop(0)
+                    if not state.done:
+                        put(index, resume(index))  # no more than when the next poll is due
+                else:
+                    until = due[0][0] if due else inf
+                    if busy or until - session._clock() < _TICK:  # there is news to come
+                        if session._sleep is not time.sleep and session._sleep(0.0) is True:
+                            return
+                        changed.notify_all()  # workers may have slept through a leap of the clock
+                        changed.wait()
+                        continue
+            if state:
+                yield state
+            elif session._nap(until):
+                return
+    finally:
+        with changed:
+            closed = True
+            changed.notify_all()
+    for thread in threads if not busy else ():
+        thread.join()
+    broken = [errors[index] for index in sorted(errors)]
+    goes_on = [late[index] for index in sorted(late)]
+    if goes_on and not refused:
+        raise PollTimeout(
+            f"{len(late)} of {len(pursuits)} runs not ended within {goes_on[0].timeout:g} s, the first {goes_on[0].name}; they "
+            "go on, and iter_batch(session, error.runs, timeout=...) resumes them", errors=broken,
+            runs=[pursuit.run for pursuit in goes_on], states=[pursuit.state for pursuit in goes_on if pursuit.state])
+    if broken:
+        first = "; ".join(map(str, broken[:3]))
+        raise BatchError(f"{len(broken)} of {len(pursuits)} runs could not be followed: {first}", errors=broken)
 
 
 # ---- The command line

@@ -1,8 +1,6 @@
 # Written by .ci/stub
 from __future__ import annotations
-import contextlib
 import email.utils
-import functools
 import heapq
 import http.client
 import io
@@ -15,11 +13,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from enum import Enum
+from functools import partial
 from math import inf
-from time import monotonic
 from typing import Any, ClassVar, TypeVar, Union, overload
 from urllib.parse import quote, unquote, urljoin
 import urllib3
@@ -85,14 +84,14 @@ class Phase(str, Enum):
     def terminal(self) -> bool:
         ...
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ErrorInfo:
     message: str
     code: str | None = None
     step: str | None = None
     details: Any = None
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RunState:
     id: str
     status: str
@@ -160,7 +159,7 @@ ONEPIN: Api
 
 class Session:
 
-    def __init__(self, api: Api, api_key: str | Callable[[], str] | None=None, *, base_url: str | None=None, headers: Mapping[str, str] | None=None, request_timeout: float=30.0, retries: int=3, max_body: int=16 * 2 ** 20, pool: urllib3.PoolManager | None=None, allow_http: bool=False, sleep: Callable[[float], object]=time.sleep, clock: Callable[[], float]=monotonic) -> None:
+    def __init__(self, api: Api, api_key: str | Callable[[], str] | None=None, *, base_url: str | None=None, headers: Mapping[str, str] | None=None, request_timeout: float=30.0, retries: int=3, max_body: int=16 * 2 ** 20, pool: urllib3.PoolManager | None=None, allow_http: bool=False, sleep: Callable[[float], object]=time.sleep, clock: Callable[[], float]=time.monotonic) -> None:
         ...
 
     def __repr__(self) -> str:
@@ -187,7 +186,7 @@ class Session:
     def request(self, method: str, path: str, body: Any=None, *, params: Mapping[str, str] | None=None, request_timeout: float | None=None, headers: Mapping[str, str] | None=None) -> Any:
         ...
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Backoff:
     initial: float = 1.0
     factor: float = 1.3
