@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from functools import partial
 from math import inf
@@ -305,44 +305,50 @@ def _count(value: Any) -> int | None:
     return int(value) if _number(value) is not None and value % 1 == 0 else None
 
 
+_ISO_8601 = r"(?a)(\d{4})-?(\d\d)-?(\d\d)(?:[Tt ](\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)? ?(?:[Zz]|([+-])(\d\d):?(\d\d)?)?"
+
+
 def _instant(value: Any) -> datetime | None:
-    """ISO 8601, put together as Python 3.9 reads it, or Unix time in seconds or milliseconds."""
+    """ISO 8601, or Unix time in seconds or milliseconds; none means UTC."""
     with suppress(ValueError, OverflowError, OSError):
-        if isinstance(value, str):
-            found = re.fullmatch(r"([\d-]{10})(?:[Tt ](\d\d:\d\d)(:\d\d)?(?:[.,](\d+))?)? ?(?:[Zz]|([+-]\d\d):?(\d\d)?)?", value)
-            day, minute, second, fraction, hours, minutes = found.groups("") if found else [""] * 6
-            value = datetime.fromisoformat(
-                f"{day}T{minute or '00:00'}{second or ':00'}.{fraction[:6]:0<6}{hours or '+00'}:{minutes or '00'}")
+        if isinstance(value, str) and (found := re.fullmatch(_ISO_8601, value)):
+            *parts, fraction, sign, hours, minutes = found.groups("0")  # few of its forms can Python 3.9 read by itself
+            numbers: Any = [*map(int, parts), int(f"{fraction:0<6}"[:6])]
+            offset = timedelta(hours=int(hours), minutes=int(minutes))
+            value = datetime(*numbers).replace(tzinfo=timezone(-offset if sign == "-" else offset))
         elif (number := _number(value)) is not None:
             value = datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
         if isinstance(value, datetime):
-            return value.astimezone(timezone.utc)
+            return value.replace(tzinfo=value.tzinfo or timezone.utc).astimezone(timezone.utc)
     return None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Retry-After (RFC 9110 section 10.2.3) in seconds; None when absent, not positive, or anything else."""
-    text = headers.get("Retry-After", "")
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+    text = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,300}(\.\d+)?", text):
         return float(text) or None
     with suppress(TypeError, ValueError, IndexError, OverflowError):
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0) or None
+        date = email.utils.parsedate_to_datetime(text).replace(tzinfo=timezone.utc)
+        return max(date.timestamp() - time.time(), 0.0) or None
     return None
 
 
 def _error_info(said: Any) -> ErrorInfo | None:
     """An error in whichever of the usual forms."""
     said = {"detail": said} if isinstance(said, list) else said
-    while isinstance(said, dict) and (inner := [said[n] for n in ("error", "detail") if isinstance(said.get(n), dict)]):
+    while isinstance(said, dict) and not _text(said.get("message")) and (
+            inner := [part for name in ("error", "detail") if isinstance(part := said.get(name), dict)]):
         said = inner[0]
     if not isinstance(said, dict):
-        return said if isinstance(said, ErrorInfo) or not said else ErrorInfo(_word(said) or "no text")
-    more = [said[name] for name in ("details", "detail", "errors", "error") if said.get(name) is not None]
+        return said if isinstance(said, ErrorInfo) else ErrorInfo(said) if _text(said) else None
+    more = [said[name] for name in ("detail", "errors", "error") if said.get(name) is not None]
     listed = "; ".join(_fault(fault) for part in more if isinstance(part, list) for fault in part)
     texts = [said.get(name) for name in ("message", "detail", "description", "title", "error")]
     message: Any = next(filter(_text, (*texts, listed, *said.values())), "no text")
     code = _word(said.get("code")) or (_text(said.get("error")) if said.get("error") != message else None)
-    return ErrorInfo(message, code, _text(said.get("step")), next((part for part in more if part not in (message, code)), None))
+    details = said.get("details") or next((part for part in more if part not in (message, code)), None)
+    return ErrorInfo(message, code, _text(said.get("step")), details)
 
 
 def _fault(fault: Any) -> str:
@@ -377,7 +383,10 @@ class _Path:
             raise ValueError(f"a path template is like '/jobs/{{run_id}}', not like {template!r}")
         named, _, self.path = template.rpartition(" ")
         self.method = (named or method).upper()
-        self.names = {name for _, name in _PARAMETER.findall(self.path)}
+        names = [name for _, name in _PARAMETER.findall(self.path)]
+        self.names = set(names)
+        if len(names) > len(self.names):
+            raise ValueError(f"{template!r} names a parameter twice")
 
     def fill(self, params: Mapping[str, Any]) -> str:
         """The path, each value encoded whole, so that it cannot change the rest."""
@@ -486,19 +495,21 @@ class Api(_Value):
         here, None for an empty one. `params` are those that were asked with (a start's lack `run_id`), None for the id
         alone; `headers` are compared without regard to case.
         """
-        headers = headers if isinstance(headers, HTTPHeaderDict) else HTTPHeaderDict(headers or {})
+        headers = headers if isinstance(headers, HTTPHeaderDict) else HTTPHeaderDict(dict(headers or {}))
         asked: dict[str, Any] = dict(params or {})
         starts = params is not None and "run_id" not in asked
         run = _dig(body, self._root)
-        with _readable("a field of the Api"):
+        known: dict[str, Any] = {"http_status": http_status, "params": None if starts else asked or None}
+        with _readable("a field of the Api", **known):
             found = {name: _first(run, place, _FIELDS[name][0]) for name, place in self._places.items()}
         if starts and not found["id"] and "Location" in headers:
             with suppress(ValueError):  # it leads elsewhere
-                asked.update(self._from_url(urljoin(self.base_url + self._paths[0].path, headers["Location"])))
+                path = _PARAMETER.sub(lambda name: quote(str(asked.get(name[2], name[0])), safe="/{}"), self._paths[0].path)
+                asked.update(self._from_url(urljoin(self.base_url + path, headers["Location"])))
         found["id"] = found["id"] or asked.get("run_id")
         found["status"] = found["status"] or ("" if starts else None)
         if None in (found["id"], found["status"]):
-            raise BadResponse(f"has no {'status' if found['id'] else 'id'} of a run", http_status=http_status)
+            raise BadResponse(f"has no {'status' if found['id'] else 'id'} of a run", **known)
         phase = self._phases.get(_bare(found["status"]), Phase.UNKNOWN) if found["status"] else Phase.PENDING
         found["error"] = _error_info(found["error"]) if phase in (Phase.FAILED, Phase.CANCELLED) else None
         if found["progress"] is None and found["steps_total"] and found["steps_done"] is not None:
@@ -523,19 +534,19 @@ class Api(_Value):
             raise ValueError(f"the status URL is not on the API's own origin, {_origin(base)}")
         pattern = re.escape((base.path or "").rstrip("/") + path)
         pattern = _PARAMETER.sub(lambda found: f"(?P<{found[2]}>[^?&{'' if found[1] else '/'}]+)", pattern)
-        found = re.fullmatch(pattern, given.request_uri if "?" in path else given.request_uri.partition("?")[0])
+        found = "{" not in url and re.fullmatch(pattern, given.request_uri if "?" in path else given.request_uri.partition("?")[0])
         if not found:
             raise ValueError(f"the status URL does not fit the status template {path!r}")
         return self._handle({name: unquote(value) for name, value in found.groupdict().items()})
 
 
 @contextmanager
-def _readable(where: str) -> Generator[None, None, None]:
+def _readable(where: str, **known: Any) -> Generator[None, None, None]:
     """Code that is not ours reads an answer here."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise BadResponse(f"could not be read ({type(error).__name__} in {where})") from error
+        raise BadResponse(f"could not be read ({type(error).__name__} in {where})", **known) from error
 
 
 def _place(where: _Field) -> Any:
@@ -579,15 +590,15 @@ def _origin(url: Url) -> str:
 # ---- The built-in APIs, as their documents describe them
 
 
-def _scaled(factor: float, paths: str, body: Any) -> float | None:
+def _scaled(units: float, paths: str, body: Any) -> float | None:
     """A number that is in another unit, at the first of `paths`."""
     number = _first(body, _place(paths.split()), _number)
-    return None if number is None else number * factor
+    return None if number is None else number / units
 
 
 def _held(switch: str, on: object, milliseconds: str, usual: float, body: Any) -> float:
     """For how many seconds a start is held whose body has `on` at `switch`."""
-    return (_scaled(0.001, milliseconds, body) or usual) if _dig(body, switch.split(".")) == on else 0.0
+    return (_scaled(1000, milliseconds, body) or usual) if _dig(body, switch.split(".")) == on else 0.0
 
 
 RAPIDFOLIO = Api(
@@ -604,10 +615,10 @@ DOCLO = Api(
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
     fields={
-        "duration": partial(_scaled, 0.001, "duration metrics.durationMs"),
+        "duration": partial(_scaled, 1000, "duration metrics.durationMs"),
         "steps_done": "metrics.stepsRun",
         "steps_total": "metrics.stepsTotal",
-        "progress": partial(_scaled, 0.01, "progress.percentage"),
+        "progress": partial(_scaled, 100, "progress.percentage"),
     },
     idempotency="body:idempotencyKey",
     hold=partial(_held, "wait", True, "timeout", 30.0),
@@ -713,7 +724,7 @@ def _headers(headers: Mapping[str, str] | None) -> dict[str, str]:
 
 def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any) -> RunpollError:
     """What went wrong with an attempt, without the key, even where the API sent it back."""
-    text, status = ask.clean(body.decode("utf-8", "replace")), response and response.status
+    text, status = ask.clean(body.decode("utf-8-sig", "replace")), response and response.status
     known: dict[str, Any] = {"http_status": status, "body": text[:500]}
     kind: type[RunpollError] = ApiError
     begun, advice = True, "try again later"
@@ -732,8 +743,8 @@ def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any
         what, advice = f"answered HTTP {status}, but the answer {fault}", "check the base_url and the Api"
     else:
         try:
-            said = _json(ask.clean(_dump(_json(text))))  # dumped, a key has no escapes to hide behind
-        except (BadResponse, RecursionError):
+            said = _json(text)
+        except BadResponse:
             said = _one_line(text)
         error = _error_info(said) or ErrorInfo(ask.clean(response.reason or "no text"))
         headers = HTTPHeaderDict({name: ask.clean(value) for name, value in response.headers.items()})
@@ -839,13 +850,7 @@ class Session:
         if api.hold and request_timeout is None and (held := api.hold(body)):
             request_timeout = max(self._timeout, held + _HOLD_MARGIN)
         given = {name: str(value) for name, value in params.items() if name in status_path.names}
-
-        def read(content: bytes, answer: HTTPHeaderDict, status: int) -> RunState:
-            state = self._state(given, content, answer, status)
-            if status == 504 and (not state.status or state.phase is Phase.UNKNOWN):
-                raise BadResponse("has no state")
-            return state
-
+        read = partial(self._state, given)
         return self._call(path, params, read, body, headers, request_timeout, starts=True)  # type: ignore[no-any-return]
 
     def poll(self, run: _Run) -> RunState:
@@ -905,7 +910,10 @@ class Session:
     def _state(self, params: dict[str, str] | None, content: bytes, headers: HTTPHeaderDict, status: int) -> RunState:
         said = _json(content)
         with _readable("read_state"):  # which may be a subclass's
-            state = self._api.read_state(said, params, headers, status)
+            asked = None if params is None or status == 504 else dict(params)  # a 504 has to name the run itself
+            state = self._api.read_state(said, asked, headers, status)
+            if status == 504 and state.phase is Phase.UNKNOWN:
+                raise BadResponse("has no state")
             handle = params if params and "run_id" in params else {"run_id": state.id, **(params or {}), **state.params}
             return _but(state, status="" + state.status, phase=Phase(state.phase), params=dict(handle))
 
@@ -926,17 +934,18 @@ class Session:
         seconds = until - self._clock()
         return seconds > 0 and self._sleep(seconds) is True
 
-    def _prove(self, key: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
-        """The key as it is and in JSON, to be kept out of texts (three characters are none), and the header that carries it."""
+    def _prove(self, key: str | None) -> tuple[re.Pattern[str], dict[str, str]]:
+        """What finds the key in a text, as it is or escaped in JSON (one too short to be secret is left), and its header."""
         key = _typed("api_key", "" if key is None else key, str).strip()
-        auth = _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
-        return (key, _dump(key)[1:-1]) if len(key) > 3 else (), auth
+        letters = (rf"(?:{re.escape(letter)}|\\(?i:u{ord(letter):04x})|\\{re.escape(letter)})" for letter in key)
+        secret = re.compile("".join(letters) if len(key) > 3 else "(?!)")
+        return secret, _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
 
     def _attempt(self, ask: _Pursuit, seconds: float) -> Any:
         """One attempt; the one place that reaches the network."""
         if self._closed:
             raise RuntimeError("the session is closed")
-        ask.key, auth = self._prove(self._key()) if callable(self._key) else self._key
+        ask.secret, auth = self._prove(self._key()) if callable(self._key) else self._key
         if ask.starts or not ask.repeatable:
             self._hang_up()
         response: Any = None
@@ -1001,21 +1010,19 @@ class _Pursuit:
         self.name = f"run {_printable(run['run_id'])} ({shown})" if run else f"start ({shown})" if starts else shown
         own, (place, _, name) = _headers(headers), session._api.idempotency.partition(":")
         keyed = name and (own.get(name.title()) if place == "header" else isinstance(body, dict) and body.get(name))
-        self.repeatable = bool(run or keyed or self.method in _IDEMPOTENT)
+        self.repeatable = bool(run or keyed or (self.method in _IDEMPOTENT and not starts))
         self.body = None if body is None else _dump(body, allow_nan=False).encode()
         self.headers = {**session._headers, **({"Content-Type": "application/json"} if self.body else {}), **own}
         self.request_timeout = session._timeout if request_timeout is None else _checked("request_timeout", request_timeout, 0.001)
         self.state: RunState | None = None
         self.fault: RunpollError | None = None
-        self.key: tuple[str, ...] = ()
+        self.secret = re.compile("(?!)")  # finds no key
         self.faults, self.polls, self.took = 0, 0, 0.0
         self.since: dict[bool, float] = {}  # when the first fault since a good answer was, a 404 that may pass apart
 
     def clean(self, text: str) -> str:
         """`text` without the key."""
-        for form in self.key:
-            text = text.replace(form, "[key]")
-        return text
+        return self.secret.sub("[key]", text)
 
     def answer(self, due: float) -> Generator[float, None, Any]:
         """The one retry loop: what the request is answered, tried first when it is `due`."""

@@ -12,7 +12,6 @@ import ast
 import contextlib
 import copy
 import dataclasses
-import email.utils
 import gzip
 import http.server
 import itertools
@@ -951,11 +950,12 @@ TEN = datetime(2026, 2, 27, 10, 0, 0, tzinfo=timezone.utc)
     ("2026-02-27T12:00:00+0200", TEN),
     ("2026-02-27T10:00:00", TEN),
     ("2026-02-27T10:00:00.000", TEN),
+    ("20260227T100000Z", TEN), ("20260227T120000.5+0200", TEN + timedelta(seconds=0.5)), ("2026-02-27T10Z", TEN),
     (TEN.timestamp(), TEN),
     (int(TEN.timestamp()), TEN),
     (TEN.timestamp() + 0.5, TEN + timedelta(seconds=0.5)),
     (int(TEN.timestamp() * 1000), TEN),
-    *[(said, None) for said in ("", "soon", "2026-13-45T10:00:00Z", "2026-02-27T10:00:00+99:99", None, True, [], {},
+    *[(said, None) for said in ("", "soon", "2026-13-45T10:00:00Z", "2026-02-27T10:00:00+99:99", "2026-02-27T10:00.5Z", "\u0662026-02-27", None, True, [], {},
                                 1e300,
                                 float("nan"), float("inf"), 10**400)],
 ])
@@ -1009,7 +1009,10 @@ def test_a_status_or_an_id_that_is_no_text_is_its_json(said, word):
     ({"message": "It broke"}, ErrorInfo("It broke")),
     ({"code": "E7", "message": "It broke", "details": {"page": 2}}, ErrorInfo("It broke", "E7", None, {"page": 2})),
     ({"message": "It broke", "step": "Extractor"}, ErrorInfo("It broke", None, "Extractor")),
-    (None, None),
+    ({"code": "E7", "message": "It broke", "detail": {"page": 2}}, ErrorInfo("It broke", "E7", None, {"page": 2})),
+    ({"code": "E7", "message": "It broke", "details": "It broke"}, ErrorInfo("It broke", "E7", None, "It broke")),
+    ({"message": "It broke", "error": {}}, ErrorInfo("It broke", None, None, {})),
+    (None, None), ("", None), (0, None), (False, None), (True, None),
 ])
 @pytest.mark.parametrize("word", ["failed", "cancelled"])
 def test_the_error_of_a_run_that_ended_badly(said, error, word):
@@ -1975,9 +1978,17 @@ def test_a_retry_after_replaces_the_wait(lab, headers, wait_seconds, status):
     assert lab.naps == (about(0.5) if wait_seconds is None else pytest.approx([wait_seconds]))
 
 
-def test_a_retry_after_may_be_a_date(lab):
-    date = email.utils.formatdate(time.time() + 60, usegmt=True)
-    assert lab.open(answer({}, 503, {"Retry-After": date}), DONE).poll("r1").ok
+@pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="sets the time zone")
+def test_a_retry_after_may_be_a_date_in_any_form_of_http(lab, monkeypatch, form):
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        date = time.strftime(form, time.gmtime(time.time() + 60))
+        assert lab.open(answer({}, 503, {"Retry-After": date}), DONE).poll("r1").ok
+    finally:
+        monkeypatch.undo()
+        time.tzset()
     assert lab.naps == [pytest.approx(59, abs=3)]
 
 
@@ -3724,10 +3735,69 @@ def test_what_an_override_returns_is_checked(lab, said, fault):
         assert begun.params == {"run_id": "r1"} and begun.phase is Phase.RUNNING
 
 
-@pytest.mark.parametrize(("start", "location"), [("/v2/jobs/", "r9"), ("/v2/jobs", "jobs/r9"), ("/v2/jobs", "/v2/jobs/r9")])
+@pytest.mark.parametrize(("start", "location"), [
+    ("/v2/w/{wf}/jobs/", "r9"), ("/v2/w/{wf}/jobs", "jobs/r9"), ("/v2/w/{wf}/jobs", "/v2/w/w1/jobs/r9")])
 def test_a_location_may_be_relative_to_the_start(lab, start, location):
-    api = Api(base_url="http://127.0.0.1", start=start, status="/v2/jobs/{run_id}")
-    assert lab.open(answer(None, 201, {"Location": location}), api=api).start({}).params == {"run_id": "r9"}
+    api = Api(base_url="http://127.0.0.1", start=start, status="/v2/w/{wf}/jobs/{run_id}")
+    session = lab.open(answer(None, 201, {"Location": location}), api=api)
+    assert session.start({}, wf="w1").params == {"wf": "w1", "run_id": "r9"}
+
+
+def test_a_location_relative_to_what_is_not_known_names_no_run(lab):
+    api = Api(base_url="http://127.0.0.1", start="/{+parent}/jobs", status="/{+run_id}")
+    with pytest.raises(BadResponse):
+        lab.open(answer(None, 201, {"Location": "jobs/r9"}), api=api).start({}, parent="a/b")
+
+
+def test_a_504_has_to_name_the_run_in_its_body(lab):
+    with pytest.raises(ApiError):
+        lab.open(answer({"status": "running"}, 504, {"Location": "/runs/r9"})).start({})
+
+
+def test_a_start_by_put_is_not_repeated_either(lab):
+    session = lab.open(503, run(), api=dataclasses.replace(ORDINARY, start="PUT /runs"))
+    with pytest.raises(ApiError):
+        session.start({})
+    assert len(lab.requests) == 1
+
+
+def test_an_override_cannot_change_what_was_asked_with(lab):
+    class Odd(Api):
+        def read_state(self, body, params=None, headers=None, http_status=200):
+            params["run_id"] = "other"
+            return super().read_state(body, params, headers, http_status)
+
+    session = lab.open(run(), api=Odd(base_url="http://127.0.0.1", status="/jobs/{run_id}"))
+    assert session.poll("r7").params == {"run_id": "r7"}
+
+
+@pytest.mark.parametrize(("header", "seconds"), [(" 7 ", 7), ("9999999999", 9999999999)])
+def test_a_retry_after_is_a_number_however_long_and_wherever_it_stands(header, seconds):
+    assert ORDINARY.read_state(run(), headers={"retry-after": header}).retry_after == seconds
+
+
+def test_the_headers_of_a_webhook_may_be_those_of_http_server():
+    headers = http.client.HTTPMessage()
+    headers["Retry-After"] = "7"
+    assert ORDINARY.read_state(run(), headers=headers).retry_after == 7
+
+
+def test_a_bad_response_of_read_state_names_the_run_and_the_status():
+    api = dataclasses.replace(ORDINARY, fields={"output": lambda body: body["nope"]})
+    for body in (run(), {"id": "r1"}):
+        with pytest.raises(BadResponse) as caught:
+            api.read_state(body, {"run_id": "r1"}, None, 202)
+        assert caught.value.http_status == 202 and caught.value.params == {"run_id": "r1"}
+
+
+def test_a_datetime_without_a_zone_is_utc():
+    api = dataclasses.replace(ORDINARY, fields={"created_at": lambda body: TEN.replace(tzinfo=None)})
+    assert api.read_state(run()).created_at == TEN
+
+
+def test_a_percentage_is_exact():
+    shares = [runpoll.DOCLO.read_state(run(progress={"percentage": percentage})).progress for percentage in range(101)]
+    assert shares == [percentage / 100 for percentage in range(101)]
 
 
 def test_a_missing_run_has_its_ten_seconds_after_other_faults_too(lab):
@@ -3772,7 +3842,7 @@ def test_an_error_in_an_odd_form_is_read_too(lab, body, message):
     lambda lab: Api(base_url="http://a", status="/{run_id}", fields={"id": [1]}),
     lambda lab: Api(base_url="http://a", status="/{run_id}", idempotency=None),
     lambda lab: Api(base_url="http://a", status="/{run_id}", idempotency="header:a b"),
-    lambda lab: Api(base_url="http://a", status="/{run_id}", root=5),
+    lambda lab: Api(base_url="http://a", status="/{run_id}", root=5), lambda lab: Api(base_url="http://a", status="/{run_id}/{run_id}"),
     lambda lab: Api(base_url=None, status="/{run_id}"),
 ])
 def test_a_wrong_argument_is_said_at_the_call(lab, call):
