@@ -29,6 +29,7 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -42,7 +43,7 @@ from urllib.parse import quote, unquote, urljoin
 import urllib3
 from urllib3._collections import HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, NewConnectionError, SSLError
 from urllib3.util import Url, make_headers, parse_url
 
 __version__ = "0.1.0"
@@ -403,13 +404,13 @@ class _Path:
         return _PARAMETER.sub(encoded, self.path)
 
 
-def _typed(name: str, value: Any, *kinds: type) -> Any:
+def _typed(name: str, value: Any, *kinds: Any) -> Any:
     if not isinstance(value, kinds):
         raise TypeError(f"{name} has to be {' or '.join(kind.__name__ for kind in kinds)}, not {type(value).__name__}")
     return value
 
 
-def _checked(name: str, value: Any, least: float = 0.0, most: float = 1e9) -> Any:
+def _checked(name: str, value: Any, least: float = 0.0, most: float = inf) -> Any:
     if not least <= _typed(name, value, float, int) <= most:
         raise ValueError(f"{name} has to be from {least:g} to {most:g}, not {value!r}")
     return value
@@ -662,6 +663,12 @@ class _Response(http.client.HTTPResponse):
         super().__init__(sock, *args, **kwargs)
         self.fp = io.BufferedReader(_Receiver(sock, self.fp.detach()))
 
+    def begin(self) -> None:
+        """Drops what is among the headers and is none, which urllib3 would log."""
+        super().begin()
+        self.msg.defects.clear()
+        self.msg.set_payload("")
+
     def _read_status(self) -> tuple[str, int, str]:
         """Has every interim answer (RFC 9110 section 15.2) passed over, not the 100 alone."""
         version, status, reason = super()._read_status()  # type: ignore[misc]
@@ -675,6 +682,20 @@ class _HTTP(HTTPConnection):
     def request(self, *args: Any, **kwargs: Any) -> None:
         self.used_at = time.monotonic()
         super().request(*args, **kwargs)
+
+    def connect(self) -> None:
+        """What fails before a request can be sent, in a proxy's CONNECT or in TLS, is a connection that was not made."""
+        try:
+            super().connect()
+        except OSError as error:
+            if isinstance(error, ValueError):  # a certificate does not verify
+                raise
+            raise NewConnectionError(self, str(error)) from error
+
+    def _tunnel(self) -> None:
+        end = time.monotonic() + (self.sock.gettimeout() or 0.0)
+        super()._tunnel()
+        self.sock.settimeout(max(end - time.monotonic(), 0.001))
 
     def _new_conn(self) -> socket.socket:
         """As urllib3 connects, but a host's addresses share the timeout, and TLS has what they leave of it."""
@@ -695,6 +716,23 @@ class _HTTP(HTTPConnection):
 
 class _HTTPS(_HTTP, HTTPSConnection):
     pass
+
+
+class _Total(urllib3.Timeout):
+    """One clock for all of an attempt; urllib3 would start another after a proxy's CONNECT."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(total=seconds)
+        self._begun = time.monotonic()
+
+    def clone(self) -> _Total:
+        return self
+
+    def start_connect(self) -> float:
+        return self._begun
+
+    def get_connect_duration(self) -> float:
+        return time.monotonic() - self._begun
 
 
 _ONCE = urllib3.Retry(False, redirect=False)
@@ -724,7 +762,8 @@ def _headers(headers: Mapping[str, str] | None) -> dict[str, str]:
 
 def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any) -> RunpollError:
     """What went wrong with an attempt, without the key, even where the API sent it back."""
-    text, status = ask.clean(body.decode("utf-8-sig", "replace")), response and response.status
+    clean = ask.session._clean
+    text, status = clean(body.decode("utf-8-sig", "replace")), response and response.status
     known: dict[str, Any] = {"http_status": status, "body": text[:500]}
     kind: type[RunpollError] = ApiError
     begun, advice = True, "try again later"
@@ -733,10 +772,10 @@ def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any
         while nested := next((arg for arg in inner.args if isinstance(arg, BaseException)), None):
             inner = nested
         untrusted = isinstance(fault, SSLError) and isinstance(inner, ValueError)  # a certificate does not verify
-        refused = isinstance(fault, (ConnectTimeoutError, EmptyPoolError)) or "Tunnel connection failed" in str(inner)
-        begun = not untrusted and not refused
+        begun = not (untrusted or isinstance(fault, (ConnectTimeoutError, EmptyPoolError)))
         kind, known = TransportError, {"sent": begun, "_transient": not untrusted}
-        what = f"no answer within {round(seconds, 2):g} s" if "timed out" in str(inner) else _one_line(str(inner).rpartition(": ")[2])
+        what = _one_line(re.split(r"(?<!SSL): |\] ", str(inner))[-1])
+        what = f"no answer within {round(seconds, 2):g} s" if "timed out" in str(inner) else what
         advice = "check the host, or trust its certificate by pool=" if untrusted else advice
     elif fault:
         kind, known["_transient"] = BadResponse, fault._transient
@@ -746,20 +785,22 @@ def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any
             said = _json(text)
         except BadResponse:
             said = _one_line(text)
-        error = _error_info(said) or ErrorInfo(ask.clean(response.reason or "no text"))
-        headers = HTTPHeaderDict({name: ask.clean(value) for name, value in response.headers.items()})
+        error = _error_info(said) or ErrorInfo(clean(response.reason or "no text"))
+        headers = HTTPHeaderDict({name: clean(value) for name, value in response.headers.items()})
         request_id = headers.get("X-Request-Id") or headers.get("Request-Id") or _text(_dig(said, ["meta", "request_id"]))
         known.update(error=error, request_id=request_id, retry_after=_retry_after(headers), _transient=status in _TRANSIENT)
         what = f"answered HTTP {status}: {_one_line(error.message)}" + (f" (request {request_id})" if request_id else "")
         if status < 400 and "Location" in headers:
             what += f", to {headers['Location'].partition('?')[0]}"
-        begun, advice = status >= 500 or status == 408, _ADVICE.get(status) or _ADVICE.get(status // 100, advice)
+        begun, final = status >= 500 or status == 408, "" if status in _TRANSIENT else _ADVICE.get(status // 100)
+        advice = _ADVICE.get(status) or final or advice
+        advice += f" (Retry-After: {known['retry_after']:g} s)" if known["retry_after"] else ""
     if ask.starts:
         advice += "; a run may have begun: look before you start it again" if begun else "; no run has begun"
-    raised = kind(ask.clean(f"{ask.name}: {what}; {advice}"), params=ask.run, **known)
+    raised = kind(clean(f"{ask.name}: {what}; {advice}"), params=ask.run, **known)
     raised.__cause__ = link = fault.__cause__ if isinstance(fault, BadResponse) else fault
     while link:
-        if ask.clean(str(link)) != str(link):
+        if clean(str(link)) != str(link):
             raised.__cause__ = None
         link = link.__cause__ or link.__context__
     return raised
@@ -787,13 +828,14 @@ class Session:
                  headers: Mapping[str, str] | None = None, request_timeout: float = 30.0, retries: int = 3,
                  max_body: int = 16 * 2**20, pool: urllib3.PoolManager | None = None, allow_http: bool = False,
                  sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic) -> None:
-        base = _base_url(base_url or _typed("api", api, Api).base_url)
+        base = _base_url(_typed("api", api, Api).base_url if base_url is None else base_url)
         self._api = _but(api, base_url=base.url)
+        self._secrets: list[re.Pattern[str]] = []
         self._key = api_key if callable(api_key) else self._prove(api_key)
         self._headers = {"Accept": "application/json", "User-Agent": f"runpoll/{__version__}", **_headers(headers)}
-        self._timeout = _checked("request_timeout", request_timeout, 0.001)
-        self._retries, self._max_body = _checked("retries", retries), _checked("max_body", max_body, most=inf)
-        self._sleep, self._clock, self._lock = sleep, clock, threading.Lock()
+        self._timeout = _checked("request_timeout", request_timeout, 0.001, 1e9)
+        self._retries, self._max_body = _checked("retries", retries), _checked("max_body", max_body)
+        self._sleep, self._clock, self._lock = _typed("sleep", sleep, Callable), _typed("clock", clock, Callable), threading.Lock()
         self._closed, self._held_until = False, -inf
         self._unknown: set[str] = set()  # the status words that were warned of
 
@@ -920,32 +962,42 @@ class Session:
     def _call(self, *request: Any, **options: Any) -> Any:
         """The answer to a direct call, with its waits."""
         ask = _Pursuit(self, *request, **options, retries=self._retries)
-        steps = ask.answer(self._clock())
-        try:
-            while not self._nap(next(steps)):
-                pass
-        except StopIteration as end:
-            return end.value
+        for until in ask.answers(self._clock()):
+            if self._nap(until):
+                break
+        else:
+            return ask.answer
         begun = "; no run has begun" if ask.starts else ""
         raise ask.fault or TransportError(f"{ask.name}: not sent, as sleep() ended the wait{begun}", params=ask.run, sent=False)
 
     def _nap(self, until: float) -> bool:
         """Wait until a point on the clock; true when `sleep` ends all."""
         seconds = until - self._clock()
-        return seconds > 0 and self._sleep(seconds) is True
+        return seconds > 0 and self._sleep(min(seconds, 1e9)) is True  # more would be too much for some
 
-    def _prove(self, key: str | None) -> tuple[re.Pattern[str], dict[str, str]]:
-        """What finds the key in a text, as it is or escaped in JSON (one too short to be secret is left), and its header."""
-        key = _typed("api_key", "" if key is None else key, str).strip()
-        letters = (rf"(?:{re.escape(letter)}|\\(?i:u{ord(letter):04x})|\\{re.escape(letter)})" for letter in key)
-        secret = re.compile("".join(letters) if len(key) > 3 else "(?!)")
-        return secret, _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
-
-    def _attempt(self, ask: _Pursuit, seconds: float) -> Any:
-        """One attempt; the one place that reaches the network."""
+    def _authorize(self) -> dict[str, str]:
+        """The header with the key, which a callable is asked for anew."""
         if self._closed:
             raise RuntimeError("the session is closed")
-        ask.secret, auth = self._prove(self._key()) if callable(self._key) else self._key
+        return self._prove(self._key()) if callable(self._key) else self._key
+
+    def _prove(self, key: str | None) -> dict[str, str]:
+        """The header with a key, which is kept out of texts from now on, as it is or escaped in JSON."""
+        key = _typed("api_key", "" if key is None else key, str).strip()
+        letters = (rf"(?:{re.escape(letter)}|\\(?i:u{ord(letter):04x})|\\{re.escape(letter)})" for letter in key)
+        secret = re.compile("".join(letters) if len(key) > 3 else "(?!)")  # one so short is no secret, but many a word
+        if secret not in self._secrets:
+            self._secrets = [*self._secrets[-3:], secret]  # the last few, as an answer may speak of the one before
+        return _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
+
+    def _clean(self, text: str) -> str:
+        """`text` without the keys."""
+        for secret in self._secrets:
+            text = secret.sub("[key]", text)
+        return text
+
+    def _attempt(self, ask: _Pursuit, auth: dict[str, str], seconds: float) -> Any:
+        """One attempt; the one place that reaches the network."""
         if ask.starts or not ask.repeatable:
             self._hang_up()
         response: Any = None
@@ -953,9 +1005,11 @@ class Session:
         try:
             response = self._send(
                 ask.method, ask.target, body=ask.body, headers={**ask.headers, **auth}, retries=_ONCE, redirect=False,
-                timeout=urllib3.Timeout(total=seconds), pool_timeout=seconds, assert_same_host=False, preload_content=False,
+                timeout=_Total(seconds), pool_timeout=seconds, assert_same_host=False, preload_content=False,
                 enforce_content_length=True)
             body = self._read(response)
+            if len(body) > self._max_body:
+                raise BadResponse(f"is larger than max_body, {self._max_body} bytes", _transient=False)
             if 200 <= response.status < 300 or (response.status == 504 and ask.starts):
                 return ask.read(body, response.headers, response.status)
         except (BadResponse, *_NO_ANSWER) as caught:
@@ -964,7 +1018,7 @@ class Session:
         raise _error(ask, seconds, response, body, fault)  # here, where it has no context that shows what it hides
 
     def _read(self, response: Any) -> bytes:
-        """The whole body, of at most `max_body` bytes."""
+        """The whole body, or more than `max_body` bytes of it."""
         body, packed = bytearray(), "Content-Encoding" in response.headers
         try:
             if response.status < 200:
@@ -977,8 +1031,6 @@ class Session:
             if not response.isclosed():
                 response.close()  # the rest would be taken for the next answer
             response.release_conn()
-        if len(body) > self._max_body:
-            raise BadResponse(f"is larger than max_body, {self._max_body} bytes", _transient=False)
         return bytes(body)
 
     def _hang_up(self) -> None:
@@ -1013,38 +1065,36 @@ class _Pursuit:
         self.repeatable = bool(run or keyed or (self.method in _IDEMPOTENT and not starts))
         self.body = None if body is None else _dump(body, allow_nan=False).encode()
         self.headers = {**session._headers, **({"Content-Type": "application/json"} if self.body else {}), **own}
-        self.request_timeout = session._timeout if request_timeout is None else _checked("request_timeout", request_timeout, 0.001)
+        self.request_timeout = session._timeout if request_timeout is None else _checked(
+            "request_timeout", request_timeout, 0.001, 1e9)
+        self.answer: Any = None
         self.state: RunState | None = None
         self.fault: RunpollError | None = None
-        self.secret = re.compile("(?!)")  # finds no key
         self.faults, self.polls, self.took = 0, 0, 0.0
         self.since: dict[bool, float] = {}  # when the first fault since a good answer was, a 404 that may pass apart
 
-    def clean(self, text: str) -> str:
-        """`text` without the key."""
-        return self.secret.sub("[key]", text)
-
-    def answer(self, due: float) -> Generator[float, None, Any]:
-        """The one retry loop: what the request is answered, tried first when it is `due`."""
-        session, self.faults = self.session, 0
+    def answers(self, due: float) -> Generator[float, None, None]:
+        """The one retry loop, which ends when the request has its `answer`; it is tried first when it is `due`."""
+        session, self.faults, self.renewed = self.session, 0, False
         self.since.clear()
         while True:
             yield from self.pause(due)
-            asked = session._clock()
+            auth, asked = session._authorize(), session._clock()
             try:
-                answer = session._attempt(self, max(min(self.request_timeout, self.begun + self.timeout - asked), 0.001))
+                left = self.begun + self.timeout - asked
+                self.answer = answer = session._attempt(self, auth, max(min(self.request_timeout, left), 0.001))
             except RunpollError as fault:
                 self.faults += 1
                 due = self.retry_at(fault, session._clock())
                 self.fault = fault
             else:
                 self.fault, self.took = None, session._clock() - asked
-                phase, status = getattr(answer, "phase", None), self.clean(getattr(answer, "status", ""))
+                phase, status = getattr(answer, "phase", None), session._clean(getattr(answer, "status", ""))
                 _log.debug("%s: %r, after %d faults", self.name, status, self.faults)
                 if phase is Phase.UNKNOWN and _bare(status) not in session._unknown:
                     session._unknown.add(_bare(status))
                     _log.warning("%s: unknown status %r, taken as not ended; Api.phases may list it", self.name, status)
-                return answer
+                return
 
     def pause(self, due: float) -> Generator[float, None, None]:
         """Waits until `due`, or until one more poll just fits before the deadline; and while the session is held back."""
@@ -1058,16 +1108,16 @@ class _Pursuit:
                 return
         raise self.timed_out() from self.fault
 
-    def timed_out(self, what: str = "ended") -> PollTimeout:
+    def timed_out(self, when: str = "") -> PollTimeout:
         seen = f"last status {self.state.status!r}" if self.state else "no status seen"
-        text = f"{self.name}: not {what} within {self.timeout:g} s ({seen}); it goes on, and iter_status(session, error.params)"
-        return PollTimeout(self.clean(f"{text} resumes it"), params=self.run, state=self.state)
+        text = f"{self.name}: not ended {when or f'within {self.timeout:g} s'} ({seen}); it goes on, and iter_status(session, "
+        return PollTimeout(self.session._clean(f"{text}error.params) resumes it"), params=self.run, state=self.state)
 
     def retry_at(self, fault: RunpollError, now: float) -> float:
         """When to try again after a fault, which is raised where that is never."""
         status, after = getattr(fault, "http_status", 0), getattr(fault, "retry_after", None) or 0.0
-        if status == 401 and callable(self.session._key) and getattr(self.fault, "http_status", 0) != 401:
-            self.retries += 1
+        if status == 401 and callable(self.session._key) and not self.renewed:
+            self.retries, self.renewed = self.retries + 1, True
             _log.warning("%s; asking for it again", fault)
             return now
         if fault._transient and now >= self.begun + self.timeout - _TICK:
@@ -1094,9 +1144,11 @@ class _Pursuit:
         answered = due = self.begun
         first = None
         for waits in itertools.count():
-            state = self.handed if not waits else None
-            if state is None:
-                state = yield from self.answer(due)
+            if self.handed and not waits:
+                state = self.handed
+            else:
+                yield from self.answers(due)
+                state = self.answer
                 answered, self.polls = self.session._clock(), self.polls + 1
             elapsed, share, eta = answered - self.begun, state.progress, None
             if share is not None:
@@ -1168,7 +1220,7 @@ def wait(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeou
     for state in _drive(session, pursuit.states(_waits(interval))):
         if state.done:
             return state
-    raise pursuit.timed_out("ended, when sleep() ended the wait,")
+    raise pursuit.timed_out("when sleep() ended the wait") from pursuit.fault
 
 
 def _pursuits(session: Session, runs: Iterable[_Run], timeout: float | None, max_outage: float | None) -> list[_Pursuit]:
@@ -1177,8 +1229,8 @@ def _pursuits(session: Session, runs: Iterable[_Run], timeout: float | None, max
         raise TypeError(f"session has to be a Session, not {type(session).__name__}")
     limits: dict[str, Any] = {
         "begun": session._clock(),
-        "timeout": inf if timeout is None else _checked("timeout", timeout, -inf, inf),
-        "max_outage": inf if max_outage is None else _checked("max_outage", max_outage, most=inf),
+        "timeout": inf if timeout is None else _checked("timeout", timeout, -inf),
+        "max_outage": inf if max_outage is None else _checked("max_outage", max_outage),
     }
     pursuits: dict[str, _Pursuit] = {}
     for run in runs:
@@ -1221,7 +1273,7 @@ def iter_batch(session: Session, runs: Iterable[_Run], *, timeout: float | None,
     if isinstance(runs, (str, Mapping)):
         raise TypeError("runs has to be an iterable of runs; for one there is iter_status")
     pursuits = _pursuits(session, runs, timeout, max_outage)
-    return _batch(session, pursuits, _waits(interval), min(int(_checked("workers", workers, 1)), len(pursuits)))
+    return _batch(session, pursuits, _waits(interval), min(_checked("workers", _typed("workers", workers, int), 1), len(pursuits)))
 
 
 def _batch(session: Session, pursuits: list[_Pursuit], interval: Callable[[RunState, int], float],
@@ -1229,30 +1281,31 @@ def _batch(session: Session, pursuits: list[_Pursuit], interval: Callable[[RunSt
     """Workers resume the pursuits that are due; the consumer takes the states that come of it, and waits."""
     steps = [pursuit.states(interval) for pursuit in pursuits]
     due = [(pursuit.begun, index) for index, pursuit in enumerate(pursuits)]  # a heap
-    ready: list[tuple[int, RunState]] = []
+    ready: deque[tuple[int, RunState]] = deque()
     errors: dict[int, RunpollError] = {}
-    late: dict[int, _Pursuit] = {}
+    late: dict[int, PollTimeout] = {}
     fatal: BaseException | None = None
-    changed, busy, closed, refused = threading.Condition(), 0, False, False
+    changed, busy, refused, closed = threading.Condition(), 0, False, False
 
     def resume(index: int) -> Any:
         """What a pursuit yields next, None when it is over."""
         try:
             return next(steps[index], None)
-        except BaseException as error:  # noqa: BLE001  # for the consumer
+        except BaseException as error:  # noqa: BLE001  # the consumer raises it
             return error
 
     def put(index: int, step: Any) -> None:
-        nonlocal fatal, refused
+        nonlocal fatal, refused, closed
         if isinstance(step, RunState):
             ready.append((index, step))
+        elif isinstance(step, BaseException) and getattr(step, "params", None) is not pursuits[index].run:
+            fatal, closed = step, True  # the caller's own, of its key or its interval
         elif isinstance(step, PollTimeout):
-            late[index] = pursuits[index]
+            late[index] = step
         elif isinstance(step, RunpollError):
-            errors[index], refused = step, refused or getattr(step, "http_status", 0) == 401
+            errors[index] = step
+            closed = refused = refused or getattr(step, "http_status", 0) == 401
             _log.warning("%s; the others go on", step)
-        elif isinstance(step, BaseException):
-            fatal = step
         elif step is not None:
             heapq.heappush(due, (step, index))
         changed.notify_all()
@@ -1278,25 +1331,21 @@ def _batch(session: Session, pursuits: list[_Pursuit], interval: Callable[[RunSt
         for thread in threads:
             thread.start()
         while True:
-            state, until = None, inf
             with changed:
-                if fatal:
+                index, state = ready.popleft() if ready else (-1, None)
+                until = due[0][0] if due else inf
+                if not state and fatal:
                     raise fatal
-                if refused or not (ready or busy or due):
+                if not state and (refused or not (busy or due)):
                     break
-                if ready:
-                    index, state = ready.pop(0)
-                    if not state.done:
-                        put(index, resume(index))  # no more than when the next poll is due
-                else:
-                    until = due[0][0] if due else inf
-                    if busy or until - session._clock() < _TICK:  # there is news to come
-                        if session._sleep is not time.sleep and session._sleep(0.0) is True:
-                            return
-                        changed.notify_all()  # workers may have slept through a leap of the clock
-                        changed.wait()
-                        continue
+                if not state and (busy or until - session._clock() < _TICK):  # there is news to come
+                    changed.notify_all()  # workers may have slept through a leap of the clock
+                    changed.wait()
+                    continue
             if state:
+                step = None if state.done else resume(index)  # no more than when the next poll is due
+                with changed:
+                    put(index, step)
                 yield state
             elif session._nap(until):
                 return
@@ -1306,13 +1355,12 @@ def _batch(session: Session, pursuits: list[_Pursuit], interval: Callable[[RunSt
             changed.notify_all()
     for thread in threads if not busy else ():
         thread.join()
-    broken = [errors[index] for index in sorted(errors)]
-    goes_on = [late[index] for index in sorted(late)]
-    if goes_on and not refused:
+    broken, unfinished = [errors[index] for index in sorted(errors)], [late[index] for index in sorted(late)]
+    if unfinished and not refused:
         raise PollTimeout(
-            f"{len(late)} of {len(pursuits)} runs not ended within {goes_on[0].timeout:g} s, the first {goes_on[0].name}; they "
-            "go on, and iter_batch(session, error.runs, timeout=...) resumes them", errors=broken,
-            runs=[pursuit.run for pursuit in goes_on], states=[pursuit.state for pursuit in goes_on if pursuit.state])
+            f"{len(late)} of {len(pursuits)} runs not ended; they go on, and iter_batch(session, error.runs, timeout=...) resumes "
+            f"them; the first: {unfinished[0]}", errors=broken, runs=[error.params for error in unfinished],
+            states=[error.state for error in unfinished if error.state]) from unfinished[0].__cause__
     if broken:
         first = "; ".join(map(str, broken[:3]))
         raise BatchError(f"{len(broken)} of {len(pursuits)} runs could not be followed: {first}", errors=broken)
@@ -1362,8 +1410,8 @@ def _main() -> int:
     key = os.environ.get("RUNPOLL_API_KEY")
     built_in = {"rapidfolio": RAPIDFOLIO, "doclo": DOCLO, "dibby": DIBBY, "onepin": ONEPIN}
     try:
-        with open(os.devnull if args.api in built_in else args.api, "rb") as file:
-            api = built_in.get(args.api) or Api(**_json(file.read()))
+        with open(os.devnull if args.api.lower() in built_in else args.api, "rb") as file:
+            api = built_in.get(args.api.lower()) or Api(**_json(file.read()))
         session = Session(api, key, base_url=args.base_url, headers=dict(args.header))
         run = args.run if args.run.startswith(("http://", "https://")) else {"run_id": args.run, **dict(args.param)}
         states = iter_status(session, run, interval=args.interval, timeout=args.timeout)

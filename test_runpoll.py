@@ -1717,8 +1717,23 @@ def test_a_sleep_that_returns_something_like_true_does_not(lab):
 
 def test_a_sleep_that_returns_true_makes_wait_a_timeout(lab):
     with pytest.raises(PollTimeout) as caught:
-        wait(lab.open(run(), sleep=lambda seconds: True), "r1")
+        wait(lab.open(run(), sleep=lambda seconds: True), "r1", timeout=None)
     assert caught.value.params == {"run_id": "r1"} and caught.value.state.status == "running"
+    assert "sleep()" in str(caught.value) and "inf" not in str(caught.value)
+
+
+def test_a_sleep_that_returns_true_in_a_retry_makes_wait_a_timeout_from_the_fault(lab):
+    with pytest.raises(PollTimeout) as caught:
+        wait(lab.open(503, sleep=lambda seconds: True), "r1")
+    assert isinstance(caught.value.__cause__, ApiError)
+
+
+def test_a_sleep_that_raises_stop_iteration_answers_nothing(lab):
+    def sleep(seconds):
+        raise StopIteration("mine")
+
+    with pytest.raises(StopIteration, match="mine"):
+        lab.open(503, sleep=sleep).poll("r1")
 
 
 def test_a_sleep_that_returns_true_gives_up_a_direct_call_with_its_fault(lab):
@@ -2188,7 +2203,7 @@ def test_an_answer_over_max_body_is_final(lab, large, call):
     session = lab.open(large, max_body=2000)
     with pytest.raises(BadResponse, match="2,?000") as caught:
         session.start({}) if call == "start" else session.poll("r1") if call == "poll" else wait(session, "r1")
-    assert len(lab.requests) == 1 and not lab.naps and len(caught.value.body) <= 500
+    assert len(lab.requests) == 1 and not lab.naps and 0 < len(caught.value.body) <= 500
 
 
 def test_an_answer_of_just_max_body_is_read(lab):
@@ -2233,6 +2248,8 @@ ECHOES = {
     "chunks": framed(b"Transfer-Encoding: chunked", f"{KEY}\r\n".encode()),
     "reason": wire(f"HTTP/1.1 403 {KEY}\r\nContent-Length: 0\r\n\r\n".encode()),
     "escaped": answer(b'{"error": "' + "".join(f"\\u{ord(letter):04x}" for letter in KEY).encode() + b'"}', 400),
+    "slashed": answer(b'{"error": "' + KEY.replace("/", "\\/").encode() + b'"}', 400),
+    "no header": wire(f"HTTP/1.1 403 No\r\nContent-Length: 0\r\nyou sent {KEY}\r\nX-A: b\r\n\r\n".encode()),
     "cut": answer(("x" * (500 - len(KEY) // 2) + KEY).encode(), 400),
 }
 
@@ -2316,10 +2333,36 @@ def test_a_401_under_a_callable_key_is_tried_again_once(lab, call):
     assert len(lab.requests) == 4 and sum(lab.naps) < 3
 
 
-def test_what_a_callable_key_raises_comes_out_unchanged(lab):
-    with pytest.raises(KeyError, match="vault"):
-        lab.open(DONE, key=lambda: {}["vault"]).poll("r1")
-    assert not lab.requests
+def test_a_401_is_tried_again_once_a_request_whatever_comes_between(lab):
+    session = lab.open(401, 500, 401, DONE, key=lambda: KEY)
+    with pytest.raises(ApiError, match="401"):
+        session.poll("r1")
+    assert len(lab.requests) == 3
+
+
+@pytest.mark.parametrize("raised", [KeyError("vault"), TransportError("the vault is shut"),
+                                    ApiError("the vault", http_status=401), BadResponse("the vault")], ids=repr)
+def test_what_a_callable_key_raises_comes_out_unchanged(lab, raised):
+    calls = []
+
+    def ask():
+        calls.append(1)
+        raise raised
+
+    session = lab.open(DONE, key=ask)
+    for call in (session.poll, lambda run: wait(session, run), lambda run: list(iter_batch(session, [run], timeout=9))):
+        with pytest.raises(type(raised)) as caught:
+            call("r1")
+        assert caught.value is raised and calls == [1] and not lab.requests and not lab.naps
+        calls.clear()
+
+
+def test_a_key_that_was_given_up_is_not_shown_either(lab, caplog):
+    keys = iter(["old-secret", "new-secret"])
+    session = lab.open(401, answer({"error": "neither old-secret nor new-secret"}, 403), key=lambda: next(keys))
+    with pytest.raises(ApiError) as caught:
+        session.poll("r1")
+    assert "-secret" not in shown(caught.value) + caplog.text and "neither [key] nor [key]" in str(caught.value)
 
 
 @pytest.mark.parametrize("base_url, error", [
@@ -2356,6 +2399,23 @@ def test_https_goes_through_a_tunnel(lab, monkeypatch):
         lab.session(base_url="https://api.test").poll("r1")
     assert (proxy.requests[0].method, proxy.requests[0].path) == ("CONNECT", "api.test:443")
     assert "Authorization" not in proxy.requests[0].headers and KEY not in shown(caught.value)
+
+
+def test_a_tunnel_is_part_of_the_attempt(lab, monkeypatch):
+    proxy = lab.enter(Server(wire(b"", b"HTTP/1.1 200 Connection established\r\n\r\n", b"", every=0.2, repeat=True)))
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    begun = time.monotonic()
+    with pytest.raises(TransportError) as caught:
+        lab.session(base_url="https://api.test", request_timeout=0.3, retries=0, **REAL).start({})
+    assert time.monotonic() - begun < 0.45 and caught.value.sent is False
+
+
+def test_a_start_that_tls_did_not_let_through_is_tried_again(lab):
+    plain = lab.enter(Server(wire(b"I do not speak TLS\r\n")))
+    session = lab.session(base_url=plain.url.replace("http:", "https:"), retries=2)
+    with pytest.raises(TransportError) as caught:
+        session.start({})
+    assert caught.value.sent is False and str(caught.value).endswith("no run has begun") and len(lab.naps) == 2
 
 
 @pytest.mark.parametrize("hosts", ["127.0.0.1", "*", "api.test,127.0.0.1"])
@@ -2800,6 +2860,34 @@ def test_a_refused_key_ends_a_batch_at_once(lab: Lab) -> None:
     assert becomes_true(lambda: not server.clients()) and len(server.requests) == 7
 
 
+def test_a_refused_key_sends_no_more_requests_while_the_loop_is_away(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running"], **{name: [401] for name in "bcdefgh"}}, **REAL)
+    states = iter_batch(session, list("abcdefgh"), timeout=9, workers=1)
+    next(states)
+    assert becomes_true(lambda: len(server.asked) >= 2)
+    time.sleep(0.05)
+    with pytest.raises(BatchError, match="401"):
+        next(states)
+    assert len(server.asked) == 2
+
+
+def test_a_batch_whose_first_run_was_in_trouble_is_timed_out_from_its_fault(lab: Lab) -> None:
+    _, session = fleet(lab, {"a": ["running", 503], "b": ["running"]})
+    with pytest.raises(PollTimeout) as caught:
+        list(iter_batch(session, ["a", "b"], timeout=20))
+    assert isinstance(caught.value.__cause__, ApiError)
+
+
+def test_a_callable_interval_that_is_slow_holds_back_no_other_run(lab: Lab) -> None:
+    server, session = fleet(lab, {name: ["running", "done"] for name in "ab"}, **REAL)
+
+    def interval(state: RunState) -> float:
+        assert becomes_true(lambda: len(server.asked) >= 2)
+        return 0
+
+    assert len(list(iter_batch(session, ["a", "b"], timeout=9, interval=interval, workers=1))) == 4
+
+
 def test_a_batch_stops_at_its_deadline_and_says_what_goes_on(lab: Lab) -> None:
     plans = {"a": ["running", "done"], "b": ["running"], "c": [404], "d": ["queued"], "e": [500]}
     server, session = fleet(lab, plans)
@@ -2811,7 +2899,8 @@ def test_a_batch_stops_at_its_deadline_and_says_what_goes_on(lab: Lab) -> None:
     assert error.runs == [{"run_id": "b"}, {"run_id": "d"}, {"run_id": "e"}]
     assert [(last.id, last.status, last.polls) for last in error.states] == [("b", "running", 5), ("d", "queued", 5)]
     assert [(one.params, getattr(one, "http_status", 0)) for one in error.errors] == [({"run_id": "c"}, 404)]
-    assert "20 s" in str(error) and "3" in str(error) and "run b" in str(error) and "go on" in str(error)
+    assert all(part in str(error) for part in ("20 s", "3 of 5", "run b", "last status 'running'", "they go on"))
+    assert error.__cause__ is None, "the first of them had no fault"
     assert server.times("b") == server.times("d") == [0, 6, 12, 18, 19.9] and 1019.9 <= lab.clock.now <= 1020
     assert len([state for state in states if state.id == "a"]) == 2
 
@@ -2980,18 +3069,9 @@ def test_a_batch_that_was_never_begun_has_no_thread_and_no_request(lab: Lab) -> 
     ({"a": ["running"], "b": ["queued"]}, 2), ({"a": [500], "b": [500]}, 0), ({"a": ["running"], "b": [404]}, 1),
 ])
 def test_a_sleep_that_returns_true_ends_a_batch_without_an_exception(lab: Lab, plans: Any, seen: int) -> None:
-    server, session = fleet(lab, plans, sleep=lambda seconds: seconds > 0)
+    server, session = fleet(lab, plans, sleep=lambda seconds: True)
     assert len(list(iter_batch(session, list(plans), timeout=300))) == seen
     assert becomes_true(lambda: not server.clients()) and len(server.requests) == 2
-
-
-def test_an_event_ends_a_batch_whose_requests_are_always_in_flight(lab: Lab) -> None:
-    stop = threading.Event()
-    server, session = fleet(lab, {name: ["running"] for name in "abcd"}, sleep=stop.wait, clock=time.monotonic)
-    server.meanwhile = lambda name: len(server.asked) > 40 and stop.set()
-    assert len(list(iter_batch(session, ["a", "b", "c", "d"], timeout=5, interval=0, workers=4))) > 30
-    asked = len(server.asked)
-    assert becomes_true(lambda: not server.clients()) and len(server.asked) <= asked + 4
 
 
 @pytest.mark.parametrize("what", [KeyboardInterrupt, ZeroDivisionError])
@@ -3289,7 +3369,7 @@ def test_with_json_each_state_is_a_line_with_every_field(lab: Lab) -> None:
 def test_each_built_in_api_has_its_name(lab: Lab, simulator: Simulator, name: str, at: str) -> None:
     body, params = STARTS[name]
     begun = lab.session(simulator.api(name)).start(body, **params)
-    done = called(begun.id, "--api", name, "--interval", 0, "--base-url", simulator.api(name).base_url)
+    done = called(begun.id, "--api", name.title(), "--interval", 0, "--base-url", simulator.api(name).base_url)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[0] == "succeeded"
     assert simulator.requests[-1].path == f"/{name}{at}{begun.id}"
 
@@ -3795,6 +3875,19 @@ def test_a_datetime_without_a_zone_is_utc():
     assert api.read_state(run()).created_at == TEN
 
 
+def test_an_interval_without_end_leaves_the_last_poll(lab):
+    with pytest.raises(PollTimeout):
+        wait(lab.open(run()), "r1", interval=math.inf, timeout=10)
+    assert len(lab.requests) == 2 and lab.naps == [pytest.approx(9.9)]
+
+
+@pytest.mark.parametrize(("fault", "advice"), [
+    (408, "try again later"), (answer({}, 429, {"Retry-After": "300"}), "Retry-After: 300 s"), (418, "unchanged it will fail again")])
+def test_an_error_says_what_to_do(lab, fault, advice):
+    with pytest.raises(ApiError, match=advice):
+        lab.open(fault, retries=0).poll("r1")
+
+
 def test_a_percentage_is_exact():
     shares = [runpoll.DOCLO.read_state(run(progress={"percentage": percentage})).progress for percentage in range(101)]
     assert shares == [percentage / 100 for percentage in range(101)]
@@ -3831,7 +3924,8 @@ def test_an_error_in_an_odd_form_is_read_too(lab, body, message):
 
 @pytest.mark.parametrize("call", [
     lambda lab: lab.session(key=b"key"), lambda lab: lab.session(key=lambda: 5).poll("r1"),
-    lambda lab: lab.session(max_body="1"), lambda lab: lab.session(retries=-1), lambda lab: lab.session(headers="abc"),
+    lambda lab: lab.session(sleep=3), lambda lab: lab.session(clock=None), lambda lab: lab.session(base_url=""),
+    lambda lab: iter_batch(lab.session(), [], timeout=9, workers=1.5), lambda lab: lab.session(max_body="1"), lambda lab: lab.session(retries=-1), lambda lab: lab.session(headers="abc"),
     lambda lab: lab.session(headers={"X": None}), lambda lab: lab.session(headers={"X: y": "1"}), lambda lab: lab.session(pool="x"),
     lambda lab: iter_status("x", "r1"), lambda lab: iter_batch(lab.session(), [], timeout="x"),
     lambda lab: iter_batch(lab.session(), [], timeout=9, workers=math.inf), lambda lab: lab.session().request(None, "/x"),

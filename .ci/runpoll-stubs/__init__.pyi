@@ -12,6 +12,7 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -24,7 +25,7 @@ from urllib.parse import quote, unquote, urljoin
 import urllib3
 from urllib3._collections import HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, NewConnectionError, SSLError
 from urllib3.util import Url, make_headers, parse_url
 __version__ = '0.1.0'
 __all__ = ['RunpollError', 'TransportError', 'ApiError', 'BadResponse', 'PollTimeout', 'RunFailed', 'RunCancelled', 'RunNotDone', 'BatchError', 'Phase', 'ErrorInfo', 'RunState', 'Api', 'RAPIDFOLIO', 'DOCLO', 'DIBBY', 'ONEPIN', 'Session', 'Backoff', 'iter_status', 'wait', 'iter_batch']
