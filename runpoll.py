@@ -35,7 +35,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from typing import Any, ClassVar, TypeVar, Union, overload
 from urllib.parse import quote, unquote, urljoin
@@ -284,12 +284,6 @@ def _dump(value: Any, **options: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
-def _dig(value: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
@@ -306,22 +300,29 @@ def _count(value: Any) -> int | None:
     return int(value) if _number(value) is not None and value % 1 == 0 else None
 
 
-_ISO_8601 = r"(?a)(\d{4})-?(\d\d)-?(\d\d)(?:[Tt ](\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)? ?(?:[Zz]|([+-])(\d\d):?(\d\d)?)?"
+_ISO_8601 = r"(?a)(\d{4})-?(\d\d)-?(\d\d)(?:[Tt ](\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)? ?(?:[Zz]|([+-])([01]\d|2[0-3]):?([0-5]\d)?)?"
 
 
 def _instant(value: Any) -> datetime | None:
     """ISO 8601, or Unix time in seconds or milliseconds; none means UTC."""
     with suppress(ValueError, OverflowError, OSError):
-        if isinstance(value, str) and (found := re.fullmatch(_ISO_8601, value)):
-            *parts, fraction, sign, hours, minutes = found.groups("0")  # few of its forms can Python 3.9 read by itself
-            numbers: Any = [*map(int, parts), int(f"{fraction:0<6}"[:6])]
-            offset = timedelta(hours=int(hours), minutes=int(minutes))
-            value = datetime(*numbers).replace(tzinfo=timezone(-offset if sign == "-" else offset))
-        elif (number := _number(value)) is not None:
-            value = datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
+        if isinstance(value, str):
+            return _moment(value) if len(value) < 100 else None
         if isinstance(value, datetime):
-            return value.replace(tzinfo=value.tzinfo or timezone.utc).astimezone(timezone.utc)
+            return value.astimezone(timezone.utc) if value.tzinfo else value.replace(tzinfo=timezone.utc)
+        if (number := _number(value)) is not None:
+            return datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
     return None
+
+
+@lru_cache(256)  # most answers of a run bring the same again
+def _moment(text: str) -> datetime | None:
+    if not (found := re.fullmatch(_ISO_8601, text)):
+        return None
+    *parts, sign, hours, minutes = found.groups("00")  # few of the forms can Python 3.9 read by itself
+    value = datetime.fromisoformat("{}-{}-{}T{}:{}:{}.{:0<6.6}".format(*parts)).replace(tzinfo=timezone.utc)
+    ahead = timedelta(hours=int(hours), minutes=int(minutes))
+    return value + ahead if sign == "-" else value - ahead
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -330,8 +331,9 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     if re.fullmatch(r"\d{1,300}(\.\d+)?", text):
         return float(text) or None
     with suppress(TypeError, ValueError, IndexError, OverflowError):
-        date = email.utils.parsedate_to_datetime(text).replace(tzinfo=timezone.utc)
-        return max(date.timestamp() - time.time(), 0.0) or None
+        if text:
+            date = email.utils.parsedate_to_datetime(text).replace(tzinfo=timezone.utc)
+            return max(date.timestamp() - time.time(), 0.0) or None
     return None
 
 
@@ -467,7 +469,7 @@ class Api(_Value):
     _paths: ClassVar[tuple[_Path, _Path, _Path]]
     _phases: ClassVar[dict[str, Phase]]
     _places: ClassVar[dict[str, Any]]
-    _root: ClassVar[list[str]]
+    _root: ClassVar[list[list[str]]]
 
     def __post_init__(self) -> None:
         _base_url(self.base_url)
@@ -481,11 +483,12 @@ class Api(_Value):
         ):
             if wrong:
                 raise ValueError(f"{rule}: {', '.join(sorted(wrong))}")
-        if not re.fullmatch(r"((header|body):\S+)?", self.idempotency):
+        place, _, name = str.partition(self.idempotency, ":")
+        if self.idempotency and (place not in ("header", "body") or name.split() != [name]):
             raise ValueError(f"idempotency is 'header:NAME' or 'body:NAME', not {self.idempotency!r}")
         phases = {**_PHASES, **{_bare(word): Phase(phase) for word, phase in dict(self.phases).items()}}
         places = {**_USUAL, **{name: _place(where) for name, where in self.fields.items()}}
-        root = str.split(self.root, ".") if self.root else []
+        root = _place(self.root) if self.root else [[]]
         vars(self).update(_paths=paths, _phases=phases, _places=places, _root=root)
 
     def read_state(self, body: Any, params: Mapping[str, str] | None = None,
@@ -499,7 +502,7 @@ class Api(_Value):
         headers = headers if isinstance(headers, HTTPHeaderDict) else HTTPHeaderDict(dict(headers or {}))
         asked: dict[str, Any] = dict(params or {})
         starts = params is not None and "run_id" not in asked
-        run = _dig(body, self._root)
+        run = _first(body, self._root)
         known: dict[str, Any] = {"http_status": http_status, "params": None if starts else asked or None}
         with _readable("a field of the Api", **known):
             found = {name: _first(run, place, _FIELDS[name][0]) for name, place in self._places.items()}
@@ -557,16 +560,21 @@ def _place(where: _Field) -> Any:
 
 def _spellings(names: str) -> list[str]:
     """created_at is createdAt, too."""
-    camel = re.sub("_(.)", lambda found: found[1].upper(), names)
-    return [name for both in zip(names.split(), camel.split()) for name in dict.fromkeys(both)]
+    both = [(name, name[0] + name.title().replace("_", "")[1:]) for name in names.split()]
+    return list(dict.fromkeys(spelling for pair in both for spelling in pair))
 
 
 _USUAL = {name: _place(_spellings(usual)) for name, (_, usual) in _FIELDS.items()}
 
 
-def _first(run: Any, place: Any, convert: Callable[[Any], Any]) -> Any:
+def _first(body: Any, place: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
     """The first value at `place` that `convert` takes, else None."""
-    for value in [place(run)] if callable(place) else (_dig(run, path) for path in place):
+    if callable(place):
+        return convert(place(body))
+    for path in place:
+        value = body
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
         if value is not None and (value := convert(value)) is not None:
             return value
     return None
@@ -599,7 +607,7 @@ def _scaled(units: float, paths: str, body: Any) -> float | None:
 
 def _held(switch: str, on: object, milliseconds: str, usual: float, body: Any) -> float:
     """For how many seconds a start is held whose body has `on` at `switch`."""
-    return (_scaled(1000, milliseconds, body) or usual) if _dig(body, switch.split(".")) == on else 0.0
+    return (_scaled(1000, milliseconds, body) or usual) if _first(body, _place(switch)) == on else 0.0
 
 
 RAPIDFOLIO = Api(
@@ -666,8 +674,9 @@ class _Response(http.client.HTTPResponse):
     def begin(self) -> None:
         """Drops what is among the headers and is none, which urllib3 would log."""
         super().begin()
-        self.msg.defects.clear()
-        self.msg.set_payload("")
+        if self.msg.defects:
+            self.msg.defects.clear()
+            self.msg.set_payload("")
 
     def _read_status(self) -> tuple[str, int, str]:
         """Has every interim answer (RFC 9110 section 15.2) passed over, not the 100 alone."""
@@ -787,7 +796,7 @@ def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any
             said = _one_line(text)
         error = _error_info(said) or ErrorInfo(clean(response.reason or "no text"))
         headers = HTTPHeaderDict({name: clean(value) for name, value in response.headers.items()})
-        request_id = headers.get("X-Request-Id") or headers.get("Request-Id") or _text(_dig(said, ["meta", "request_id"]))
+        request_id = headers.get("X-Request-Id") or headers.get("Request-Id") or _first(said, [["meta", "request_id"]], _text)
         known.update(error=error, request_id=request_id, retry_after=_retry_after(headers), _transient=status in _TRANSIENT)
         what = f"answered HTTP {status}: {_one_line(error.message)}" + (f" (request {request_id})" if request_id else "")
         if status < 400 and "Location" in headers:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from typing import Any, ClassVar, TypeVar, Union, overload
 from urllib.parse import quote, unquote, urljoin
