@@ -20,13 +20,13 @@ from __future__ import annotations
 import email.utils
 import heapq
 import http.client
-import io
 import itertools
 import logging
 import os
 import random
 import re
 import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -45,6 +45,7 @@ from urllib3._collections import HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, NewConnectionError, SSLError
 from urllib3.util import Url, make_headers, parse_url
+from urllib3.util.connection import create_connection
 
 __version__ = "0.1.0"
 __all__ = [
@@ -331,8 +332,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     if re.fullmatch(r"\d{1,300}(\.\d+)?", text):
         return float(text) or None
     with suppress(TypeError, ValueError, IndexError, OverflowError):
-        if text:
-            date = email.utils.parsedate_to_datetime(text).replace(tzinfo=timezone.utc)
+        if text and (date := _instant(email.utils.parsedate_to_datetime(text))):
             return max(date.timestamp() - time.time(), 0.0) or None
     return None
 
@@ -370,6 +370,11 @@ def _one_line(text: str) -> str:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _unescaped(text: str) -> str:
+    """JSON's escapes as what they stand for."""
+    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", lambda found: chr(int(found[1], 16)) if found[1] else found[2], text)
 
 
 # ---- How an API speaks
@@ -470,6 +475,9 @@ class Api(_Value):
     _phases: ClassVar[dict[str, Phase]]
     _places: ClassVar[dict[str, Any]]
     _root: ClassVar[list[list[str]]]
+
+    def __hash__(self) -> int:
+        return hash((self.base_url, self.start, self.status))
 
     def __post_init__(self) -> None:
         _base_url(self.base_url)
@@ -645,41 +653,39 @@ ONEPIN = Api(
 # ---- The wire
 
 
-class _Receiver(io.RawIOBase):
+def _left(end: float) -> float:
+    """The seconds until `end`; a timeout when there are none."""
+    seconds = end - time.monotonic()
+    if seconds <= 0:
+        raise socket.timeout("timed out")
+    return seconds
+
+
+class _Receiver(socket.SocketIO):
     """All receives share the socket's timeout; http.client would allow it to each."""
 
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
-        self._sock, self._raw, self._end = sock, raw, time.monotonic() + (sock.gettimeout() or 0.0)
-
-    def readable(self) -> bool:
-        return True
+    _sock: socket.socket
+    end: float
 
     def readinto(self, buffer: Any) -> int | None:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        self._sock.settimeout(left)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+        self._sock.settimeout(_left(self.end))
+        return super().readinto(buffer)
 
 
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Receiver(sock, self.fp.detach()))
+        receiver: Any = self.fp.raw
+        receiver.__class__, receiver.end = _Receiver, time.monotonic() + (sock.gettimeout() or 0.0)
 
     def begin(self) -> None:
-        """Drops what is among the headers and is none, which urllib3 would log."""
+        """Drops what is no header, which urllib3 would log."""
         super().begin()
-        if self.msg.defects:
-            self.msg.defects.clear()
-            self.msg.set_payload("")
+        self.msg.defects.clear()
+        self.msg.set_payload("")
 
     def _read_status(self) -> tuple[str, int, str]:
-        """Has every interim answer (RFC 9110 section 15.2) passed over, not the 100 alone."""
+        """Passes over every interim answer (RFC 9110 section 15.2), not the 100 alone."""
         version, status, reason = super()._read_status()  # type: ignore[misc]
         return version, 100 if 100 < status < 200 else status, reason
 
@@ -690,37 +696,34 @@ class _HTTP(HTTPConnection):
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         self.used_at = time.monotonic()
+        if self.sock:
+            self.sock.settimeout(self.timeout)  # urllib3 1.26.0 would send under what the last attempt left
         super().request(*args, **kwargs)
 
     def connect(self) -> None:
-        """What fails before a request can be sent, in a proxy's CONNECT or in TLS, is a connection that was not made."""
+        """Until a proxy's CONNECT and TLS are through, no connection was made."""
         try:
             super().connect()
-        except OSError as error:
-            if isinstance(error, ValueError):  # a certificate does not verify
-                raise
+        except ssl.CertificateError:
+            raise
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise NewConnectionError(self, str(error)) from error
 
-    def _tunnel(self) -> None:
-        end = time.monotonic() + (self.sock.gettimeout() or 0.0)
-        super()._tunnel()
-        self.sock.settimeout(max(end - time.monotonic(), 0.001))
-
     def _new_conn(self) -> socket.socket:
-        """As urllib3 connects, but a host's addresses share the timeout, and TLS has what they leave of it."""
-        host, timeout = self._dns_host, self.timeout
-        end, addresses = time.monotonic() + (timeout or 0.0), [host]
-        with suppress(OSError, UnicodeError):  # which urllib3 then puts into its own words
-            addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, self.port, 0, socket.SOCK_STREAM)]
-        try:
-            while True:
-                self._dns_host, self.timeout = addresses.pop(0), max((end - time.monotonic()) / (len(addresses) + 1), 0.001)
-                with suppress(*([HTTPError] if addresses else [])):
-                    sock = super()._new_conn()
-                    sock.settimeout(max(end - time.monotonic(), 0.001))
-                    return sock
-        finally:
-            self._dns_host, self.timeout = host, timeout
+        """A host's addresses share the timeout, and TLS has what they leave of it."""
+        self._end = time.monotonic() + (self.timeout or 0.0)
+        addresses = [found[4][0] for found in socket.getaddrinfo(self._dns_host, self.port, 0, socket.SOCK_STREAM)]
+        while True:
+            address = str(addresses.pop(0)), self.port
+            with suppress(*([OSError] if addresses else [])):
+                sock = create_connection(address, _left(self._end) / (len(addresses) + 1), self.source_address, self.socket_options)
+                sock.settimeout(_left(self._end))
+                return sock
+
+    def _tunnel(self) -> None:
+        self.sock.settimeout(_left(self._end))
+        super()._tunnel()
+        self.sock.settimeout(_left(self._end))
 
 
 class _HTTPS(_HTTP, HTTPSConnection):
@@ -730,80 +733,79 @@ class _HTTPS(_HTTP, HTTPSConnection):
 class _Total(urllib3.Timeout):
     """One clock for all of an attempt; urllib3 would start another after a proxy's CONNECT."""
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(total=seconds)
-        self._begun = time.monotonic()
-
     def clone(self) -> _Total:
         return self
 
     def start_connect(self) -> float:
-        return self._begun
-
-    def get_connect_duration(self) -> float:
-        return time.monotonic() - self._begun
+        return self._start_connect or super().start_connect()
 
 
 _ONCE = urllib3.Retry(False, redirect=False)
 _NO_ANSWER = (HTTPError, http.client.HTTPException, OSError)
-_ADVICE = {401: "check the API key", 404: "check the id, the base_url and whose key it is", 429: "ask less often",
+_LATER = "try again later"
+_ADVICE = {401: "check the API key", 404: "check the id, the base_url and whose key it is", 408: _LATER, 429: "ask less often",
            3: "redirects are never followed: is that the base_url to use?", 4: "unchanged it will fail again"}
 
 
 def _proxy(base: Url) -> Url | None:
     """The proxy that the environment names for a URL."""
-    if not any(name.lower().endswith("_proxy") for name in os.environ):
-        return None
-    from urllib.request import getproxies, proxy_bypass  # as costly to import as all the rest
+    if any(name.lower().endswith("_proxy") for name in os.environ):
+        from urllib.request import getproxies, proxy_bypass  # as costly to import as all the rest
 
-    url = getproxies().get(base.scheme or "")
-    return None if not url or proxy_bypass(base.netloc or "") else parse_url(url if "://" in url else f"http://{url}")
+        url = getproxies().get(base.scheme or "")
+        if url and not proxy_bypass(base.netloc or ""):
+            return parse_url(url if "://" in url else f"http://{url}")
+    return None
 
 
 def _headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     """`headers`, checked here because http.client would show a value that it refuses."""
-    headers = dict(headers or {})
-    for name, value in headers.items():
+    checked = {}
+    for name, value in dict(headers or {}).items():
         if not (re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and re.fullmatch(r"[ -~\xa0-\xff]*", value)):
             raise ValueError(f"header {name!r} has a character that no header can carry")
-    return {name.title(): value for name, value in headers.items()}
+        checked[name.title()] = value
+    return checked
 
 
 def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any) -> RunpollError:
     """What went wrong with an attempt, without the key, even where the API sent it back."""
-    clean = ask.session._clean
+    clean = ask.clean
     text, status = clean(body.decode("utf-8-sig", "replace")), response and response.status
     known: dict[str, Any] = {"http_status": status, "body": text[:500]}
     kind: type[RunpollError] = ApiError
-    begun, advice = True, "try again later"
+    begun, advice = True, _LATER
     if isinstance(fault, _NO_ANSWER):
         inner = fault = getattr(fault, "original_error", fault)  # of a proxy's
         while nested := next((arg for arg in inner.args if isinstance(arg, BaseException)), None):
             inner = nested
-        untrusted = isinstance(fault, SSLError) and isinstance(inner, ValueError)  # a certificate does not verify
-        begun = not (untrusted or isinstance(fault, (ConnectTimeoutError, EmptyPoolError)))
-        kind, known = TransportError, {"sent": begun, "_transient": not untrusted}
         what = _one_line(re.split(r"(?<!SSL): |\] ", str(inner))[-1])
-        what = f"no answer within {round(seconds, 2):g} s" if "timed out" in str(inner) else what
-        advice = "check the host, or trust its certificate by pool=" if untrusted else advice
-    elif fault:
+        if "timed out" in str(inner):
+            what = f"no answer within {round(seconds, 2):g} s"
+        if untrusted := isinstance(fault, SSLError) and isinstance(inner, ValueError):  # a certificate does not verify
+            advice = "check the host, or trust its certificate by pool="
+        unsent = isinstance(fault, (ConnectTimeoutError, EmptyPoolError)) or str(fault).startswith("Tunnel connection failed")
+        begun = not untrusted and not unsent
+        kind, known = TransportError, {"sent": begun, "_transient": not untrusted}
+    elif fault and (status < 300 or not fault._transient):
         kind, known["_transient"] = BadResponse, fault._transient
         what, advice = f"answered HTTP {status}, but the answer {fault}", "check the base_url and the Api"
     else:
-        try:
+        said: Any = _one_line(text)
+        with suppress(BadResponse):
             said = _json(text)
-        except BadResponse:
-            said = _one_line(text)
-        error = _error_info(said) or ErrorInfo(clean(response.reason or "no text"))
-        headers = HTTPHeaderDict({name: clean(value) for name, value in response.headers.items()})
-        request_id = headers.get("X-Request-Id") or headers.get("Request-Id") or _first(said, [["meta", "request_id"]], _text)
-        known.update(error=error, request_id=request_id, retry_after=_retry_after(headers), _transient=status in _TRANSIENT)
+        error, headers = _error_info(said) or ErrorInfo(clean(response.reason or "no text")), response.headers
+        request_id = clean(headers.get("X-Request-Id") or headers.get("Request-Id", ""))
+        request_id = request_id or _first(said, [["meta", "request_id"]], _text)
+        after = _retry_after(headers)
+        known.update(error=error, request_id=request_id, retry_after=after, _transient=status in _TRANSIENT)
         what = f"answered HTTP {status}: {_one_line(error.message)}" + (f" (request {request_id})" if request_id else "")
         if status < 400 and "Location" in headers:
-            what += f", to {headers['Location'].partition('?')[0]}"
-        begun, final = status >= 500 or status == 408, "" if status in _TRANSIENT else _ADVICE.get(status // 100)
-        advice = _ADVICE.get(status) or final or advice
-        advice += f" (Retry-After: {known['retry_after']:g} s)" if known["retry_after"] else ""
+            what += f", to {clean(headers['Location']).partition('?')[0]}"
+        begun = status >= 500 or status == 408
+        advice = _ADVICE.get(status) or _ADVICE.get(status // 100, _LATER)
+        if after:
+            advice += f" (Retry-After: {after:g} s)"
     if ask.starts:
         advice += "; a run may have begun: look before you start it again" if begun else "; no run has begun"
     raised = kind(clean(f"{ask.name}: {what}; {advice}"), params=ask.run, **known)
@@ -839,28 +841,25 @@ class Session:
                  sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic) -> None:
         base = _base_url(_typed("api", api, Api).base_url if base_url is None else base_url)
         self._api = _but(api, base_url=base.url)
-        self._secrets: list[re.Pattern[str]] = []
         self._key = api_key if callable(api_key) else self._prove(api_key)
         self._headers = {"Accept": "application/json", "User-Agent": f"runpoll/{__version__}", **_headers(headers)}
         self._timeout = _checked("request_timeout", request_timeout, 0.001, 1e9)
-        self._retries, self._max_body = _checked("retries", retries), _checked("max_body", max_body)
+        self._retries, self._max_body = _checked("retries", retries, most=1e9), _checked("max_body", max_body)
         self._sleep, self._clock, self._lock = _typed("sleep", sleep, Callable), _typed("clock", clock, Callable), threading.Lock()
         self._closed, self._held_until = False, -inf
         self._unknown: set[str] = set()  # the status words that were warned of
 
-        proxy = None if pool else _proxy(base)
+        self._origin, self._owned, proxy = _origin(base), not pool, None if pool else _proxy(base)
         hops = [url.host or "" for url in (base, proxy) if url and base.scheme == "http"]
         if api_key and not allow_http and not all(re.fullmatch(r"localhost|127(\.\d+){3}|\[::1\]", hop) for hop in hops):
             raise ValueError("the key would go over plain http: use https, or allow_http=True if the network is yours")
-        self._origin = _origin(base)
         self._prefix = (self._origin if pool or (proxy and hops) else "") + (base.path or "").rstrip("/")
         self._pool = _typed("pool", pool or urllib3.PoolManager(maxsize=0), urllib3.PoolManager)  # 0: keep all that are needed
         if proxy:
-            auth = make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy.auth else None
+            auth = make_headers(proxy_basic_auth=unquote(proxy.auth or ""))
             self._pool = urllib3.ProxyManager(proxy._replace(auth=None).url, maxsize=0, proxy_headers=auth)
         self._send: Callable[..., Any] = self._pool.urlopen
-        self._owned = not pool
-        if not pool:  # the host's own pool saves a fifth of a poll, and lets its connections be ours
+        if self._owned:  # the host's own pool saves a fifth of a poll, and lets its connections be ours
             host: Any = self._pool.connection_from_url(self._origin)
             host.ConnectionCls = _HTTPS if host.scheme == "https" else _HTTP
             self._send = host.urlopen
@@ -875,7 +874,7 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Close the connections. From then on the session raises RuntimeError."""
+        """Close the connections; the session then raises RuntimeError."""
         self._closed = True
         if self._owned:
             self._pool.clear()
@@ -900,8 +899,7 @@ class Session:
                 body = {**(body or {}), name: idempotency_key}
         if api.hold and request_timeout is None and (held := api.hold(body)):
             request_timeout = max(self._timeout, held + _HOLD_MARGIN)
-        given = {name: str(value) for name, value in params.items() if name in status_path.names}
-        read = partial(self._state, given)
+        read = partial(self._state, {name: str(value) for name, value in params.items() if name in status_path.names})
         return self._call(path, params, read, body, headers, request_timeout, starts=True)  # type: ignore[no-any-return]
 
     def poll(self, run: _Run) -> RunState:
@@ -922,18 +920,17 @@ class Session:
 
         def read(*answer: Any) -> RunState | None:
             with suppress(BadResponse):
-                state = self._state(None, *answer)
-                return state if state.id == handle["run_id"] else None
+                if (state := self._state(None, *answer)).id == handle["run_id"]:
+                    return state
             return None
 
-        state: RunState | None = None
         refusal = None
         try:
             state = self._call(path, {name: handle[name] for name in path.names}, read, body, run=handle)
         except ApiError as error:
             if error.http_status not in (404, 409, 410, 422):
                 raise
-            refusal = error
+            state, refusal = None, error
         try:
             state = state or self.poll(handle)
         except ApiError as error:
@@ -951,7 +948,7 @@ class Session:
 
         POST and PATCH are tried again as a start is.
         """
-        return self._call(_Path(f"{str.upper(method)} {path}"), dict(params or {}), _json, body, headers, request_timeout)
+        return self._call(_Path(method + " " + path), dict(params or {}), _json, body, headers, request_timeout)
 
     def _following(self, run: _Run) -> dict[str, Any]:
         """The arguments of the _Pursuit of a run."""
@@ -959,62 +956,58 @@ class Session:
         return {"path": self._api._paths[1], "params": handle, "run": handle, "read": partial(self._state, handle)}
 
     def _state(self, params: dict[str, str] | None, content: bytes, headers: HTTPHeaderDict, status: int) -> RunState:
-        said = _json(content)
         with _readable("read_state"):  # which may be a subclass's
             asked = None if params is None or status == 504 else dict(params)  # a 504 has to name the run itself
-            state = self._api.read_state(said, asked, headers, status)
+            state = self._api.read_state(_json(content), asked, headers, status)
             if status == 504 and state.phase is Phase.UNKNOWN:
                 raise BadResponse("has no state")
             handle = params if params and "run_id" in params else {"run_id": state.id, **(params or {}), **state.params}
             return _but(state, status="" + state.status, phase=Phase(state.phase), params=dict(handle))
 
     def _call(self, *request: Any, **options: Any) -> Any:
-        """The answer to a direct call, with its waits."""
+        """The answer to a direct call."""
         ask = _Pursuit(self, *request, **options, retries=self._retries)
         for until in ask.answers(self._clock()):
             if self._nap(until):
-                break
-        else:
-            return ask.answer
-        begun = "; no run has begun" if ask.starts else ""
-        raise ask.fault or TransportError(f"{ask.name}: not sent, as sleep() ended the wait{begun}", params=ask.run, sent=False)
+                begun = "; no run has begun" if ask.starts else ""
+                text = f"{ask.name}: not sent, as sleep() ended the wait{begun}"
+                raise ask.fault or TransportError(text, params=ask.run, sent=False)
+        return ask.answer
 
     def _nap(self, until: float) -> bool:
         """Wait until a point on the clock; true when `sleep` ends all."""
         seconds = until - self._clock()
-        return seconds > 0 and self._sleep(min(seconds, 1e9)) is True  # more would be too much for some
+        return seconds > 0 and self._sleep(seconds) is True
 
-    def _authorize(self) -> dict[str, str]:
+    def _authorize(self, ask: _Pursuit) -> dict[str, str]:
         """The header with the key, which a callable is asked for anew."""
         if self._closed:
             raise RuntimeError("the session is closed")
-        return self._prove(self._key()) if callable(self._key) else self._key
+        key, header = self._prove(self._key()) if callable(self._key) else self._key
+        if len(key) > 3 and key not in ask.keys:  # one so short is no secret, but many a word
+            ask.keys = [*ask.keys[-1:], key]  # an answer may speak of the one before, too
+        return header
 
-    def _prove(self, key: str | None) -> dict[str, str]:
-        """The header with a key, which is kept out of texts from now on, as it is or escaped in JSON."""
+    def _prove(self, key: str | None) -> tuple[str, dict[str, str]]:
+        """A key, and the header that carries it."""
         key = _typed("api_key", "" if key is None else key, str).strip()
-        letters = (rf"(?:{re.escape(letter)}|\\(?i:u{ord(letter):04x})|\\{re.escape(letter)})" for letter in key)
-        secret = re.compile("".join(letters) if len(key) > 3 else "(?!)")  # one so short is no secret, but many a word
-        if secret not in self._secrets:
-            self._secrets = [*self._secrets[-3:], secret]  # the last few, as an answer may speak of the one before
-        return _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
-
-    def _clean(self, text: str) -> str:
-        """`text` without the keys."""
-        for secret in self._secrets:
-            text = secret.sub("[key]", text)
-        return text
+        return key, _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
 
     def _attempt(self, ask: _Pursuit, auth: dict[str, str], seconds: float) -> Any:
         """One attempt; the one place that reaches the network."""
-        if ask.starts or not ask.repeatable:
-            self._hang_up()
+        if ask.starts or not ask.repeatable:  # a connection long idle may be dead, which is learned too late
+            idle: Any = self._pool.connection_from_url(self._origin).pool
+            with idle.mutex:  # nobody takes one meanwhile
+                for connection in filter(None, idle.queue):
+                    if time.monotonic() - getattr(connection, "used_at", -inf) > _IDLE_MOST:
+                        connection.close()
         response: Any = None
-        body, fault = b"", None
+        body, fault, total = b"", None, _Total(total=seconds)
+        total.start_connect()
         try:
             response = self._send(
                 ask.method, ask.target, body=ask.body, headers={**ask.headers, **auth}, retries=_ONCE, redirect=False,
-                timeout=_Total(seconds), pool_timeout=seconds, assert_same_host=False, preload_content=False,
+                timeout=total, pool_timeout=seconds, assert_same_host=False, preload_content=False,
                 enforce_content_length=True)
             body = self._read(response)
             if len(body) > self._max_body:
@@ -1022,8 +1015,7 @@ class Session:
             if 200 <= response.status < 300 or (response.status == 504 and ask.starts):
                 return ask.read(body, response.headers, response.status)
         except (BadResponse, *_NO_ANSWER) as caught:
-            if not isinstance(caught, BadResponse) or response.status < 300 or not caught._transient:
-                fault = caught
+            fault = caught
         raise _error(ask, seconds, response, body, fault)  # here, where it has no context that shows what it hides
 
     def _read(self, response: Any) -> bytes:
@@ -1041,14 +1033,6 @@ class Session:
                 response.close()  # the rest would be taken for the next answer
             response.release_conn()
         return bytes(body)
-
-    def _hang_up(self) -> None:
-        """A connection long idle may be dead, which is learned too late for what is not sent again."""
-        idle: Any = self._pool.connection_from_url(self._origin).pool
-        with idle.mutex:  # nobody takes one meanwhile
-            for connection in filter(None, idle.queue):
-                if time.monotonic() - getattr(connection, "used_at", -inf) > _IDLE_MOST:
-                    connection.close()
 
 
 # ---- Following
@@ -1077,10 +1061,19 @@ class _Pursuit:
         self.request_timeout = session._timeout if request_timeout is None else _checked(
             "request_timeout", request_timeout, 0.001, 1e9)
         self.answer: Any = None
+        self.keys: list[str] = []  # to be kept out of texts
         self.state: RunState | None = None
         self.fault: RunpollError | None = None
         self.faults, self.polls, self.took = 0, 0, 0.0
         self.since: dict[bool, float] = {}  # when the first fault since a good answer was, a 404 that may pass apart
+
+    def clean(self, text: str) -> str:
+        """`text` without the keys, as they are or escaped in JSON."""
+        for key in sorted(self.keys, key=len, reverse=True):
+            text = text.replace(key, "[key]")
+            if "\\" in text and key in (plain := _unescaped(text)):
+                text = plain.replace(key, "[key]")
+        return text
 
     def answers(self, due: float) -> Generator[float, None, None]:
         """The one retry loop, which ends when the request has its `answer`; it is tried first when it is `due`."""
@@ -1088,17 +1081,18 @@ class _Pursuit:
         self.since.clear()
         while True:
             yield from self.pause(due)
-            auth, asked = session._authorize(), session._clock()
+            auth, asked = session._authorize(self), session._clock()
+            if (left := self.begun + self.timeout - asked) <= 0:
+                raise self.timed_out() from self.fault
             try:
-                left = self.begun + self.timeout - asked
-                self.answer = answer = session._attempt(self, auth, max(min(self.request_timeout, left), 0.001))
+                self.answer = answer = session._attempt(self, auth, min(self.request_timeout, left))
             except RunpollError as fault:
                 self.faults += 1
                 due = self.retry_at(fault, session._clock())
                 self.fault = fault
             else:
                 self.fault, self.took = None, session._clock() - asked
-                phase, status = getattr(answer, "phase", None), session._clean(getattr(answer, "status", ""))
+                phase, status = getattr(answer, "phase", None), self.clean(getattr(answer, "status", ""))
                 _log.debug("%s: %r, after %d faults", self.name, status, self.faults)
                 if phase is Phase.UNKNOWN and _bare(status) not in session._unknown:
                     session._unknown.add(_bare(status))
@@ -1120,7 +1114,7 @@ class _Pursuit:
     def timed_out(self, when: str = "") -> PollTimeout:
         seen = f"last status {self.state.status!r}" if self.state else "no status seen"
         text = f"{self.name}: not ended {when or f'within {self.timeout:g} s'} ({seen}); it goes on, and iter_status(session, "
-        return PollTimeout(self.session._clean(f"{text}error.params) resumes it"), params=self.run, state=self.state)
+        return PollTimeout(self.clean(f"{text}error.params) resumes it"), params=self.run, state=self.state)
 
     def retry_at(self, fault: RunpollError, now: float) -> float:
         """When to try again after a fault, which is raised where that is never."""
@@ -1251,8 +1245,8 @@ def _pursuits(session: Session, runs: Iterable[_Run], timeout: float | None, max
 def _waits(interval: _Interval) -> Callable[[RunState, int], float]:
     """The seconds to wait after a state, for the how-manieth time."""
     if callable(interval):
-        return lambda state, _: _checked("interval", interval(state))
-    numbers = [_checked("interval", number) for number in (interval if isinstance(interval, Sequence) else [interval])]
+        return lambda state, _: min(_checked("interval", interval(state)), 1e9)  # no clock goes on for longer
+    numbers = [min(_checked("interval", number), 1e9) for number in (interval if isinstance(interval, Sequence) else [interval])]
     if not numbers:
         raise ValueError("interval is an empty sequence")
     return lambda state, index: numbers[min(index, len(numbers) - 1)]
@@ -1313,7 +1307,8 @@ def _batch(session: Session, pursuits: list[_Pursuit], interval: Callable[[RunSt
             late[index] = step
         elif isinstance(step, RunpollError):
             errors[index] = step
-            closed = refused = refused or getattr(step, "http_status", 0) == 401
+            if getattr(step, "http_status", 0) == 401:
+                closed = refused = True
             _log.warning("%s; the others go on", step)
         elif step is not None:
             heapq.heappush(due, (step, index))

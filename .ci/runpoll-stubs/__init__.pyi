@@ -3,13 +3,13 @@ from __future__ import annotations
 import email.utils
 import heapq
 import http.client
-import io
 import itertools
 import logging
 import os
 import random
 import re
 import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -27,6 +27,7 @@ from urllib3._collections import HTTPHeaderDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, NewConnectionError, SSLError
 from urllib3.util import Url, make_headers, parse_url
+from urllib3.util.connection import create_connection
 __version__ = '0.1.0'
 __all__ = ['RunpollError', 'TransportError', 'ApiError', 'BadResponse', 'PollTimeout', 'RunFailed', 'RunCancelled', 'RunNotDone', 'BatchError', 'Phase', 'ErrorInfo', 'RunState', 'Api', 'RAPIDFOLIO', 'DOCLO', 'DIBBY', 'ONEPIN', 'Session', 'Backoff', 'iter_status', 'wait', 'iter_batch']
 _T = TypeVar('_T')
@@ -147,6 +148,9 @@ class Api:
     auth_scheme: str = 'Bearer'
     idempotency: str = ''
     hold: Callable[[Any], float] | None = None
+
+    def __hash__(self) -> int:
+        ...
 
     def __post_init__(self) -> None:
         ...
