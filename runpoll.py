@@ -1041,31 +1041,33 @@ class Session:
 class _Pursuit:
     """A request, tried until it is answered; a run, polled until it ends.
 
-    Its generators yield the points on the clock until which a call, an iteration or a batch is to wait.
+    Its generators yield the points on the clock until which the caller is to wait.
     """
 
+    run: dict[str, str] | None = None
+    starts = False
+    begun, deadline, max_outage, retries = 0.0, inf, inf, inf
+    interval: Callable[[RunState, int], float]
+    answer: Any = None  # at first the state that was handed in
+    state: RunState | None = None
+    fault: RunpollError | None = None
+    faults, polls, took = 0, 0, 0.0
+
     def __init__(self, session: Session, path: _Path, params: Mapping[str, Any], read: Callable[..., Any], body: Any = None,
-                 headers: Mapping[str, str] | None = None, request_timeout: float | None = None, *,
-                 run: dict[str, str] | None = None, starts: bool = False, handed: RunState | None = None, begun: float = 0.0,
-                 timeout: float = inf, max_outage: float = inf, retries: float = inf) -> None:
-        self.session, self.read, self.run, self.starts, self.handed = session, read, run, starts, handed
-        self.begun, self.timeout, self.max_outage, self.retries = begun, timeout, max_outage, retries
+                 headers: Mapping[str, str] | None = None, request_timeout: float | None = None, **options: Any) -> None:
+        vars(self).update(options)
+        self.session, self.read = session, read
         self.method, self.target = path.method, session._prefix + path.fill(params)
-        shown = f"{self.method} {self.target.partition('?')[0]}"
-        self.name = f"run {_printable(run['run_id'])} ({shown})" if run else f"start ({shown})" if starts else shown
+        run, shown = self.run, f"{self.method} {self.target.partition('?')[0]}"
+        self.name = f"run {_printable(run['run_id'])} ({shown})" if run else f"start ({shown})" if self.starts else shown
         own, (place, _, name) = _headers(headers), session._api.idempotency.partition(":")
         keyed = name and (own.get(name.title()) if place == "header" else isinstance(body, dict) and body.get(name))
-        self.repeatable = bool(run or keyed or (self.method in _IDEMPOTENT and not starts))
+        self.repeatable = bool(run or keyed or (self.method in _IDEMPOTENT and not self.starts))
         self.body = None if body is None else _dump(body, allow_nan=False).encode()
         self.headers = {**session._headers, **({"Content-Type": "application/json"} if self.body else {}), **own}
         self.request_timeout = session._timeout if request_timeout is None else _checked(
             "request_timeout", request_timeout, 0.001, 1e9)
-        self.answer: Any = None
         self.keys: list[str] = []  # to be kept out of texts
-        self.state: RunState | None = None
-        self.fault: RunpollError | None = None
-        self.faults, self.polls, self.took = 0, 0, 0.0
-        self.since: dict[bool, float] = {}  # when the first fault since a good answer was, a 404 that may pass apart
 
     def clean(self, text: str) -> str:
         """`text` without the keys, as they are or escaped in JSON."""
@@ -1076,101 +1078,106 @@ class _Pursuit:
         return text
 
     def answers(self, due: float) -> Generator[float, None, None]:
-        """The one retry loop, which ends when the request has its `answer`; it is tried first when it is `due`."""
+        """The one retry loop, from when the request is `due` until it has its `answer`."""
         session, self.faults, self.renewed = self.session, 0, False
-        self.since.clear()
+        self.since: dict[bool, float] = {}  # when the first fault was, a 404 that may pass apart
         while True:
             yield from self.pause(due)
             auth, asked = session._authorize(self), session._clock()
-            if (left := self.begun + self.timeout - asked) <= 0:
-                raise self.timed_out() from self.fault
+            if asked >= self.deadline:
+                continue  # the key took all the time, and pause() raises
             try:
-                self.answer = answer = session._attempt(self, auth, min(self.request_timeout, left))
+                self.answer = session._attempt(self, auth, min(self.request_timeout, self.deadline - asked))
+                break
             except RunpollError as fault:
                 self.faults += 1
-                due = self.retry_at(fault, session._clock())
+                due = self.retry_at(fault)
                 self.fault = fault
-            else:
-                self.fault, self.took = None, session._clock() - asked
-                phase, status = getattr(answer, "phase", None), self.clean(getattr(answer, "status", ""))
-                _log.debug("%s: %r, after %d faults", self.name, status, self.faults)
-                if phase is Phase.UNKNOWN and _bare(status) not in session._unknown:
-                    session._unknown.add(_bare(status))
-                    _log.warning("%s: unknown status %r, taken as not ended; Api.phases may list it", self.name, status)
-                return
+        self.fault, self.took = None, session._clock() - asked
+        phase, status = getattr(self.answer, "phase", None), self.clean(getattr(self.answer, "status", ""))
+        _log.debug("%s: %r, after %d faults", self.name, status, self.faults)
+        if phase is Phase.UNKNOWN and (word := _bare(status)) not in session._unknown:
+            session._unknown.add(word)
+            _log.warning("%s: unknown status %r, taken as not ended; Api.phases may list it", self.name, status)
 
     def pause(self, due: float) -> Generator[float, None, None]:
-        """Waits until `due`, or until one more poll just fits before the deadline; and while the session is held back."""
-        session, deadline = self.session, self.begun + self.timeout
-        now, last = session._clock(), deadline - max(_LAST_POLL, 2 * self.took)
+        """Waits until `due`, or until one more poll just fits before the deadline, and while the session is held back."""
+        session, now = self.session, self.session._clock()
+        last = self.deadline - max(_LAST_POLL, 2 * self.took)
         due = last if now + _TICK < last < due else due
-        while now < deadline - _TICK and due < deadline:
-            yield min(max(due, session._held_until), deadline)  # at least once: to ask when the next is due sends nothing
-            now = session._clock()
-            if now < deadline - _TICK and max(due, session._held_until) - now < _TICK:
+        while max(now, due) < self.deadline:
+            yield min(max(due, session._held_until), self.deadline)  # at least once, so that the first step sends nothing
+            now = session._clock() + _TICK
+            if max(due, session._held_until) <= now < self.deadline:
                 return
-        raise self.timed_out() from self.fault
+        raise self.timed_out(f"within {self.deadline - self.begun:g} s") from self.fault
 
-    def timed_out(self, when: str = "") -> PollTimeout:
+    def timed_out(self, when: str) -> PollTimeout:
         seen = f"last status {self.state.status!r}" if self.state else "no status seen"
-        text = f"{self.name}: not ended {when or f'within {self.timeout:g} s'} ({seen}); it goes on, and iter_status(session, "
-        return PollTimeout(self.clean(f"{text}error.params) resumes it"), params=self.run, state=self.state)
+        text = f"{self.name}: not ended {when} ({seen}); it goes on, and iter_status(session, error.params) resumes it"
+        return PollTimeout(self.clean(text), params=self.run, state=self.state)
 
-    def retry_at(self, fault: RunpollError, now: float) -> float:
+    def retry_at(self, fault: RunpollError) -> float:
         """When to try again after a fault, which is raised where that is never."""
+        session = self.session
+        now: float = session._clock()
         status, after = getattr(fault, "http_status", 0), getattr(fault, "retry_after", None) or 0.0
-        if status == 401 and callable(self.session._key) and not self.renewed:
-            self.retries, self.renewed = self.retries + 1, True
+        if status == 401 and callable(session._key) and not self.renewed:
+            self.renewed = True
             _log.warning("%s; asking for it again", fault)
             return now
-        if fault._transient and now >= self.begun + self.timeout - _TICK:
+        if fault._transient and now >= self.deadline - _TICK:
             return now  # the deadline ended it, and is what is raised
-        lagging = status == 404 and self.handed is not None and not self.polls and self.retries == inf
+        lagging = status == 404 and self.state is not None and not self.polls
         ends, safe = inf, True
         if status != 429:  # which is no outage, and only delays
-            self.since[lagging] = min(self.since.get(lagging, inf), now)
-            ends = self.since[lagging] + (_REPLICA_LAG if lagging else self.max_outage)
+            ends = self.since.setdefault(lagging, now) + (_REPLICA_LAG if lagging else self.max_outage)
             safe = self.repeatable or not getattr(fault, "sent", True)
-        late = now >= ends or self.faults > self.retries or (self.retries < inf and after > _RETRY_AFTER_MOST)
+        late = now >= ends or self.faults > self.retries + self.renewed or (self.retries < inf and after > _RETRY_AFTER_MOST)
         if late or not safe or not (fault._transient or lagging):
             raise fault
-        backoff = min(_RETRY_FIRST * 2 ** min(self.faults - 1, 9) * random.uniform(0.9, 1.1), _RETRY_MOST, ends - now)
-        wait = min(after, _RETRY_AFTER_MOST) or backoff
+        wait = min(after, _RETRY_AFTER_MOST) or min(
+            _RETRY_FIRST * 2 ** min(self.faults - 1, 9) * random.uniform(0.9, 1.1), _RETRY_MOST, ends - now)
         if status == 429 or (status == 503 and after):
-            with self.session._lock:
-                self.session._held_until = max(self.session._held_until, now + wait)
+            with session._lock:
+                session._held_until = max(session._held_until, now + wait)
         _log.warning("%s; trying again in %.1f s", fault, wait)
         return now + wait
 
-    def states(self, interval: Callable[[RunState, int], float]) -> Generator[float | RunState, None, None]:
-        """Every state, each after the points until which to wait for it."""
+    def states(self) -> Generator[float | RunState, None, None]:
+        """Every state, each after the points to wait for."""
         answered = due = self.begun
         first = None
-        for waits in itertools.count():
-            if self.handed and not waits:
-                state = self.handed
-            else:
+        for index in itertools.count():
+            if index or not self.answer:
                 yield from self.answers(due)
-                state = self.answer
                 answered, self.polls = self.session._clock(), self.polls + 1
-            elapsed, share, eta = answered - self.begun, state.progress, None
+            elapsed, share, eta = answered - self.begun, self.answer.progress, None
             if share is not None:
                 first = first or (share, elapsed)
                 gained, taken = share - first[0], elapsed - first[1]
                 eta = (1 - share) / (gained / taken) if gained > 0 and taken > 0 else None
-            self.state = state = _but(state, polls=self.polls, faults=self.faults, elapsed=elapsed, eta=eta)
+            self.state = state = _but(self.answer, polls=self.polls, faults=self.faults, elapsed=elapsed, eta=eta)
             yield state
             if state.done:
                 return
-            due = answered + (min(state.retry_after or 0.0, _RETRY_AFTER_MOST) or interval(state, waits))
+            due = answered + (min(state.retry_after or 0.0, _RETRY_AFTER_MOST) or self.interval(state, index))
+
+    def follow(self) -> Generator[RunState, None, None]:
+        """The states, waited for by the session's sleep."""
+        for step in self.states():
+            if isinstance(step, RunState):
+                yield step
+            elif self.session._nap(step):
+                return
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Backoff(_Value):
-    """The default interval, a pure function of the state (and chance), which serves any number of runs.
+    """The default interval, a pure function of the state (and chance): one serves any number of runs.
 
-    The seconds to wait grow from `initial` by `factor` a poll to `maximum`, give or take the share `jitter`. Where there
-    is an `eta` they are not above its share `pace`, though not cut below `initial`; while PAUSED they are `paused`.
+    The seconds grow from `initial` by `factor` a poll to `maximum`, give or take the share `jitter`. An `eta` cuts them
+    to its share `pace`, though not below `initial`; while PAUSED they are `paused`.
     """
 
     initial: float = 1.0
@@ -1182,7 +1189,7 @@ class Backoff(_Value):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            _checked(name, 0.0 if name == "pace" and value is None else value, most=1.0 if name == "jitter" else inf)
+            _checked(name, 0.0 if (name, value) == ("pace", None) else value, most=1.0 if name == "jitter" else inf)
 
     def __call__(self, state: RunState) -> float:
         chance = random.uniform(1 - self.jitter, 1 + self.jitter)
@@ -1203,9 +1210,9 @@ def iter_status(session: Session, run: _Run, *, interval: _Interval = Backoff(),
     """Poll a run until it ends, and yield every state, the terminal one last.
 
     Args:
-        run: an id, path parameters or a status URL, polled at once; or a RunState, which is yielded first.
-        interval: seconds from a good answer to the next poll: a number, a sequence whose last one repeats, or a
-            callable of the state. A Retry-After replaces it once.
+        run: an id, path parameters or a status URL, polled at once; or a RunState, yielded first.
+        interval: seconds from a good answer to the next poll: a number, a sequence whose last repeats, or a callable of
+            the state. A Retry-After replaces it once.
         timeout: seconds for all, from this call on; the last wait is cut so that one more poll fits.
         max_outage: seconds for which faults are sat out, from the first on.
 
@@ -1213,51 +1220,45 @@ def iter_status(session: Session, run: _Run, *, interval: _Interval = Backoff(),
         PollTimeout: `iter_status(session, error.params)` takes the run up again.
         RunpollError: a fault that does not pass.
     """
-    return _drive(session, _pursuits(session, [run], timeout, max_outage)[0].states(_waits(interval)))
+    return _asks(session, [run], interval, timeout, max_outage)[0].follow()
 
 
 def wait(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
          max_outage: float | None = 60.0) -> RunState:
     """The last state of `iter_status`, with its arguments and errors; PollTimeout, too, when `sleep` ends it."""
-    pursuit, = _pursuits(session, [run], timeout, max_outage)
-    for state in _drive(session, pursuit.states(_waits(interval))):
+    ask, = _asks(session, [run], interval, timeout, max_outage)
+    for state in ask.follow():
         if state.done:
             return state
-    raise pursuit.timed_out("when sleep() ended the wait") from pursuit.fault
+    raise ask.timed_out("when sleep() ended the wait") from ask.fault
 
 
-def _pursuits(session: Session, runs: Iterable[_Run], timeout: float | None, max_outage: float | None) -> list[_Pursuit]:
-    """Those of an iteration, whose clock starts here; a run given twice has one."""
+def _asks(session: Session, runs: Iterable[_Run], interval: _Interval, timeout: float | None,
+              max_outage: float | None) -> list[_Pursuit]:
+    """One for each run, however often it is given; the clock of the iteration starts here."""
     if not hasattr(session, "_following"):
         raise TypeError(f"session has to be a Session, not {type(session).__name__}")
-    limits: dict[str, Any] = {
-        "begun": session._clock(),
-        "timeout": inf if timeout is None else _checked("timeout", timeout, -inf),
-        "max_outage": inf if max_outage is None else _checked("max_outage", max_outage),
+    begun = session._clock()
+    limits = {
+        "begun": begun,
+        "deadline": begun + _checked("timeout", inf if timeout is None else timeout, -inf),
+        "max_outage": _checked("max_outage", inf if max_outage is None else max_outage),
+        "interval": _waits(interval),
     }
-    pursuits: dict[str, _Pursuit] = {}
+    asks: dict[str, _Pursuit] = {}
     for run in runs:
-        pursuit = _Pursuit(session, **session._following(run), **limits, handed=run if isinstance(run, RunState) else None)
-        pursuits.setdefault(pursuit.target, pursuit)
-    return list(pursuits.values())
+        ask = _Pursuit(session, **session._following(run), **limits, answer=run if isinstance(run, RunState) else None)
+        asks.setdefault(ask.target, ask)
+    return list(asks.values())
 
 
 def _waits(interval: _Interval) -> Callable[[RunState, int], float]:
-    """The seconds to wait after a state, for the how-manieth time."""
+    """The seconds to wait after a state, which is the how-manieth."""
     if callable(interval):
         return lambda state, _: min(_checked("interval", interval(state)), 1e9)  # no clock goes on for longer
     numbers = [min(_checked("interval", number), 1e9) for number in (interval if isinstance(interval, Sequence) else [interval])]
-    if not numbers:
-        raise ValueError("interval is an empty sequence")
-    return lambda state, index: numbers[min(index, len(numbers) - 1)]
-
-
-def _drive(session: Session, steps: Generator[float | RunState, None, None]) -> Generator[RunState, None, None]:
-    for step in steps:
-        if isinstance(step, RunState):
-            yield step
-        elif session._nap(step):
-            return
+    last = _checked("the length of interval", len(numbers), 1) - 1
+    return lambda _, index: numbers[min(index, last)]
 
 
 # ---- Many runs at once
@@ -1265,109 +1266,99 @@ def _drive(session: Session, steps: Generator[float | RunState, None, None]) -> 
 
 def iter_batch(session: Session, runs: Iterable[_Run], *, timeout: float | None, interval: _Interval = Backoff(),
                max_outage: float | None = 60.0, workers: int = 8) -> Generator[RunState, None, None]:
-    """Poll many runs until all have ended, and yield every state as it arrives, each run on its own schedule.
+    """Poll many runs until all have ended, each on its own schedule, and yield every state as it arrives.
 
-    Runs and arguments are as in `iter_status`; `workers` requests, each in its thread, may be in flight.
+    Arguments are as in `iter_status`; `workers` requests, each in its thread, may be in flight.
 
     Raises:
         BatchError: at the end, for the runs that could not be followed; at once where the key is refused (401).
         PollTimeout: `iter_batch(session, error.runs, timeout=...)` takes the rest up again.
     """
     if isinstance(runs, (str, Mapping)):
-        raise TypeError("runs has to be an iterable of runs; for one there is iter_status")
-    pursuits = _pursuits(session, runs, timeout, max_outage)
-    return _batch(session, pursuits, _waits(interval), min(_checked("workers", _typed("workers", workers, int), 1), len(pursuits)))
+        raise TypeError("runs has to be an iterable of runs; for one, use iter_status")
+    asks = _asks(session, runs, interval, timeout, max_outage)
+    return _batch(session, asks, _checked("workers", _typed("workers", workers, int), 1))
 
 
-def _batch(session: Session, pursuits: list[_Pursuit], interval: Callable[[RunState, int], float],
-           workers: int) -> Generator[RunState, None, None]:
-    """Workers resume the pursuits that are due; the consumer takes the states that come of it, and waits."""
-    steps = [pursuit.states(interval) for pursuit in pursuits]
-    due = [(pursuit.begun, index) for index, pursuit in enumerate(pursuits)]  # a heap
+def _batch(session: Session, asks: list[_Pursuit], workers: int) -> Generator[RunState, None, None]:
+    """Workers resume the runs that are due; the consumer takes the states that come of it, and waits."""
+    steps = [ask.states() for ask in asks]
+    due = [*((ask.begun, index) for index, ask in enumerate(asks)), (inf, -1)]  # a heap that is never empty
     ready: deque[tuple[int, RunState]] = deque()
-    errors: dict[int, RunpollError] = {}
-    late: dict[int, PollTimeout] = {}
+    errors: list[Any] = [None] * len(asks)
     fatal: BaseException | None = None
-    changed, busy, refused, closed = threading.Condition(), 0, False, False
+    changed, left, closed = threading.Condition(), len(due), False  # what is left and neither due nor ready is in flight
 
-    def resume(index: int) -> Any:
-        """What a pursuit yields next, None when it is over."""
+    def resume(index: int) -> None:
+        """Take a run's next step: a state, a point to wait for, or its end."""
+        nonlocal left, fatal, closed
+        step, error = None, None
         try:
-            return next(steps[index], None)
-        except BaseException as error:  # noqa: BLE001  # the consumer raises it
-            return error
-
-    def put(index: int, step: Any) -> None:
-        nonlocal fatal, refused, closed
-        if isinstance(step, RunState):
-            ready.append((index, step))
-        elif isinstance(step, BaseException) and getattr(step, "params", None) is not pursuits[index].run:
-            fatal, closed = step, True  # the caller's own, of its key or its interval
-        elif isinstance(step, PollTimeout):
-            late[index] = step
-        elif isinstance(step, RunpollError):
-            errors[index] = step
-            if getattr(step, "http_status", 0) == 401:
-                closed = refused = True
-            _log.warning("%s; the others go on", step)
-        elif step is not None:
-            heapq.heappush(due, (step, index))
-        changed.notify_all()
+            step = next(steps[index], None)
+        except BaseException as caught:  # noqa: BLE001  # the consumer raises it
+            error = caught
+        with changed:
+            if isinstance(step, RunState):
+                ready.append((index, step))
+            elif step is not None:
+                heapq.heappush(due, (step, index))
+            else:
+                left -= 1
+            if error:
+                ours = getattr(error, "params", None) is asks[index].run  # or the caller's, of its key or its interval
+                errors[index] = error if ours else None
+                if not ours or getattr(error, "http_status", 0) == 401:
+                    fatal, closed = fatal or error, True
+                if ours and not isinstance(error, PollTimeout):
+                    _log.warning("%s; the others go on", error)
+            changed.notify_all()
 
     def work() -> None:
-        nonlocal busy
-        with changed:
-            while not closed:
-                wait = due[0][0] - session._clock() if due else inf
-                if wait >= _TICK:
+        while True:
+            with changed:
+                while not closed and (wait := due[0][0] - session._clock()) >= _TICK:
                     changed.wait(min(wait, threading.TIMEOUT_MAX))
-                    continue
+                if closed:
+                    return
                 index = heapq.heappop(due)[1]
-                busy += 1
-                changed.release()
-                step = resume(index)
-                changed.acquire()
-                busy -= 1
-                put(index, step)
+            resume(index)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in asks[:workers]]
     try:
         for thread in threads:
             thread.start()
         while True:
             with changed:
-                index, state = ready.popleft() if ready else (-1, None)
-                until = due[0][0] if due else inf
-                if not state and fatal:
-                    raise fatal
-                if not state and (refused or not (busy or due)):
-                    break
-                if not state and (busy or until - session._clock() < _TICK):  # there is news to come
+                while not (ready or closed or (left == len(due) and due[0][0] - session._clock() >= _TICK)):
                     changed.notify_all()  # workers may have slept through a leap of the clock
                     changed.wait()
-                    continue
+                index, state = ready.popleft() if ready else (-1, None)
+                until = inf if closed else due[0][0]
             if state:
-                step = None if state.done else resume(index)  # no more than when the next poll is due
-                with changed:
-                    put(index, step)
+                resume(index)  # no further than to when the next poll is due
                 yield state
+            elif until == inf:
+                break
             elif session._nap(until):
                 return
     finally:
         with changed:
             closed = True
             changed.notify_all()
-    for thread in threads if not busy else ():
+    for thread in threads if left == len(due) else ():  # none is in flight
         thread.join()
-    broken, unfinished = [errors[index] for index in sorted(errors)], [late[index] for index in sorted(late)]
-    if unfinished and not refused:
+    late = [error for error in errors if isinstance(error, PollTimeout)]
+    broken = [error for error in errors if error and not isinstance(error, PollTimeout)]
+    if fatal and fatal not in broken:
+        raise fatal
+    if late and not fatal:
         raise PollTimeout(
-            f"{len(late)} of {len(pursuits)} runs not ended; they go on, and iter_batch(session, error.runs, timeout=...) resumes "
-            f"them; the first: {unfinished[0]}", errors=broken, runs=[error.params for error in unfinished],
-            states=[error.state for error in unfinished if error.state]) from unfinished[0].__cause__
+            f"{len(late)} of {len(asks)} runs not ended; they go on, and iter_batch(session, error.runs, timeout=...) resumes "
+            f"them; the first: {late[0]}", errors=broken, runs=[error.params for error in late],
+            states=[error.state for error in late if error.state]) from late[0].__cause__
     if broken:
         first = "; ".join(map(str, broken[:3]))
-        raise BatchError(f"{len(broken)} of {len(pursuits)} runs could not be followed: {first}", errors=broken)
+        raise BatchError(f"{len(broken)} of {len(asks)} runs could not be followed: {first}", errors=broken)
 
 
 # ---- The command line
@@ -1376,6 +1367,7 @@ def _batch(session: Session, pursuits: list[_Pursuit], interval: Callable[[RunSt
 def _main() -> int:
     """Follow a run to its end, and return the exit code."""
     import argparse
+    import pathlib
     import shlex
     import shutil
     import sys
@@ -1392,14 +1384,13 @@ def _main() -> int:
                "130 interrupted")
     parser.error = lambda message: parser.exit(2, f"runpoll: {message}; see runpoll --help\n")  # type: ignore[method-assign]
     option = parser.add_argument
-    pairs: dict[str, Any] = {"metavar": "NAME=VALUE", "type": pair, "action": "append", "default": []}
-    option("run", metavar="RUN", help="its id, or its status URL")
+    option("run", help="its id, or its status URL")
     option("--api", default="rapidfolio", help="rapidfolio (default), doclo, dibby, onepin, or a JSON file of Api fields")
     option("--base-url", metavar="URL", help="instead of the API's own")
-    option("--param", **pairs, help="another path parameter")
-    option("--header", **pairs, help="sent with every request")
-    option("--interval", metavar="SECONDS", type=float, default=Backoff(), help="between polls (default: they back off)")
-    option("--timeout", metavar="SECONDS", type=float, default=300.0, help="for all (default: 300)")
+    for name, use in (("--param", "another path parameter"), ("--header", "sent with every request")):
+        option(name, metavar="NAME=VALUE", type=pair, action="append", default=[], help=use)
+    option("--interval", type=float, default=Backoff(), help="seconds between polls (default: they back off)")
+    option("--timeout", type=float, default=300.0, help="seconds for all (default: 300)")
     option("--json", action="store_true", help="print each state as a line of JSON")
     option("-v", "--verbose", action="store_true", help="log each poll")
     option("--version", action="version", version=f"runpoll {__version__}")
@@ -1409,13 +1400,13 @@ def _main() -> int:
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None when they were closed
     live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not args.json
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # what the locale lacks
-    logging.basicConfig(format=("\r\x1b[K" if live else "") + "runpoll: %(message)s")
-    _log.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
+    clear, end = ("\r\x1b[K", "") if live else ("", "\n")
+    logging.basicConfig(format=f"{clear}runpoll: %(message)s")
+    _log.setLevel("DEBUG" if args.verbose else "WARNING")
     key = os.environ.get("RUNPOLL_API_KEY")
     built_in = {"rapidfolio": RAPIDFOLIO, "doclo": DOCLO, "dibby": DIBBY, "onepin": ONEPIN}
     try:
-        with open(os.devnull if args.api.lower() in built_in else args.api, "rb") as file:
-            api = built_in.get(args.api.lower()) or Api(**_json(file.read()))
+        api = built_in.get(args.api.lower()) or Api(**_json(pathlib.Path(args.api).read_bytes()))
         session = Session(api, key, base_url=args.base_url, headers=dict(args.header))
         run = args.run if args.run.startswith(("http://", "https://")) else {"run_id": args.run, **dict(args.param)}
         states = iter_status(session, run, interval=args.interval, timeout=args.timeout)
@@ -1423,9 +1414,9 @@ def _main() -> int:
         parser.error(str(error))
 
     def draw(state: RunState) -> str:
-        share = "" if state.progress is None else f"{state.progress:4.0%} "
         columns = shutil.get_terminal_size().columns
         wide = min(20, columns // 4)
+        share = "" if state.progress is None else f"{state.progress:4.0%} "
         bar = f"[{'#' * int((state.progress or 0) * wide):<{wide}}] " if live and share else ""
         line = f"{state.phase:<9} {bar}{share}{_one_line(state.status)}"
         if not live:
@@ -1437,7 +1428,6 @@ def _main() -> int:
         colour = {Phase.SUCCEEDED: 32, Phase.FAILED: 31, Phase.CANCELLED: 31, Phase.PAUSED: 33}.get(state.phase, 36)
         return line if os.environ.get("NO_COLOR") else f"\x1b[{colour}m{line[:9]}\x1b[0m{line[9:]}"
 
-    state: Any = None
     shown, code, problem = "", 5, ""
     goes_on = f"the run goes on, and this resumes it: python -m runpoll {shlex.join(sys.argv[1:])}"
     try:
@@ -1445,10 +1435,8 @@ def _main() -> int:
             for state in states:
                 fields = {**vars(state), "error": state.error and vars(state.error)}
                 line = _dump(fields, ensure_ascii=True, default=datetime.isoformat) if args.json else draw(state)
-                if live:
-                    print(f"\r{line}\x1b[K", end="", flush=True)
-                elif args.json or line != shown:
-                    print(line, flush=True)
+                if live or line != shown:  # as JSON, two states always differ
+                    print(f"{clear}{line}", end=end, flush=True)
                 shown = line
         code = {Phase.SUCCEEDED: 0, Phase.FAILED: 1}.get(state.phase, 3)
         state.result()
@@ -1458,9 +1446,10 @@ def _main() -> int:
         problem = f"{error} (RUNPOLL_API_KEY is not set)" if code == 5 and not key else str(error)
     except (KeyboardInterrupt, OSError) as error:
         code, problem = 130, f"interrupted; {goes_on}"
-        if isinstance(error, OSError):  # nobody reads the output
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
-    print("\n" * bool(live and shown), end="", flush=True)
+        if isinstance(error, OSError):  # nobody reads the output, nor what is still to be flushed
+            os.dup2(nowhere.fileno(), 1)
+    if live and shown:
+        print()
     if problem:
         print(f"runpoll: {problem}", file=sys.stderr)
     return code
