@@ -12,6 +12,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import gc
 import gzip
 import http.server
 import itertools
@@ -2250,6 +2251,7 @@ ECHOES = {
     "escaped": answer(b'{"error": "' + "".join(f"\\u{ord(letter):04x}" for letter in KEY).encode() + b'"}', 400),
     "slashed": answer(b'{"error": "' + KEY.replace("/", "\\/").encode() + b'"}', 400),
     "no header": wire(f"HTTP/1.1 403 No\r\nContent-Length: 0\r\nyou sent {KEY}\r\nX-A: b\r\n\r\n".encode()),
+    "no header either": wire(f"HTTP/1.1 403 No\r\nContent-Length: 0\r\nX-A: b\r\r\n{KEY}\r\n\r\n".encode()),
     "cut": answer(("x" * (500 - len(KEY) // 2) + KEY).encode(), 400),
 }
 
@@ -2357,9 +2359,11 @@ def test_what_a_callable_key_raises_comes_out_unchanged(lab, raised):
         calls.clear()
 
 
-def test_a_key_that_was_given_up_is_not_shown_either(lab, caplog):
-    keys = iter(["old-secret", "new-secret"])
-    session = lab.open(401, answer({"error": "neither old-secret nor new-secret"}, 403), key=lambda: next(keys))
+@pytest.mark.parametrize("keys", [("old-secret", "new-secret"), ("the-secret", "the-secret-secret"), ("a-secret-secret", "a-secret")])
+def test_a_key_that_was_given_up_is_not_shown_either(lab, caplog, keys):
+    old, new = keys
+    keys = iter(keys)
+    session = lab.open(401, answer({"error": f"neither {old} nor {new}"}, 403), key=lambda: next(keys))
     with pytest.raises(ApiError) as caught:
         session.poll("r1")
     assert "-secret" not in shown(caught.value) + caplog.text and "neither [key] nor [key]" in str(caught.value)
@@ -2399,6 +2403,22 @@ def test_https_goes_through_a_tunnel(lab, monkeypatch):
         lab.session(base_url="https://api.test").poll("r1")
     assert (proxy.requests[0].method, proxy.requests[0].path) == ("CONNECT", "api.test:443")
     assert "Authorization" not in proxy.requests[0].headers and KEY not in shown(caught.value)
+
+
+@pytest.mark.parametrize("refusal", [503, wire(b"SSH-2.0-OpenSSH_9.9\r\n"), wire(b"HTTP/1.1 200 " + b"x" * 70_000)],
+                         ids=["503", "no HTTP", "a long line"])
+@pytest.mark.parametrize("own", [True, False], ids=["environment", "pool"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python 3.9 leaves a refused tunnel open
+def test_a_start_that_a_proxy_did_not_let_through_is_tried_again(lab, monkeypatch, refusal, own):
+    proxy = lab.enter(Server(refusal))
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    session = lab.session(base_url="https://api.test", retries=2, pool=None if own else urllib3.ProxyManager(proxy.url))
+    with pytest.raises(TransportError) as caught:
+        session.start({})
+    unsent = own or refusal == 503
+    assert caught.value.sent is not unsent and len(proxy.requests) == (3 if unsent else 1)
+    del caught
+    gc.collect()
 
 
 def test_a_tunnel_is_part_of_the_attempt(lab, monkeypatch):
@@ -3148,6 +3168,32 @@ def test_a_poll_and_a_start_go_on_beside_a_batch(lab: Lab) -> None:
     assert len(server.times("b")) == len(server.times("jobs")) == 3
 
 
+def test_a_key_for_every_attempt_shows_in_no_error_of_a_batch(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    def echo(handler: Any) -> None:
+        assert becomes_true(lambda: len(server.requests) == 8)
+        answer({"error": handler.headers["Authorization"]}, 400)(handler)
+
+    server = lab.enter(Server(echo))
+    numbers = itertools.count(10)
+    session = lab.session(key=lambda: f"secret-{next(numbers)}", base_url=server.url)
+    with pytest.raises(BatchError) as caught:
+        list(iter_batch(session, list("abcdefgh"), timeout=300))
+    assert "secret-" not in "".join(map(shown, caught.value.errors)) + shown(caught.value) + caplog.text
+
+
+def test_a_late_error_does_not_open_a_closed_batch_again(lab: Lab) -> None:
+    server, session = fleet(lab, {"a": ["running"], "b": [404], **{name: ["running"] for name in "cdefgh"}}, **REAL)
+    leave = threading.Event()
+    server.meanwhile = lambda name: name == "b" and leave.wait(5)
+    states = iter_batch(session, list("abcdefgh"), timeout=9, workers=2)
+    next(states)
+    assert becomes_true(lambda: "b" in {name for _, name in server.asked})
+    states.close()
+    asked = len(server.asked)
+    leave.set()
+    assert becomes_true(lambda: not server.clients()) and len(server.asked) <= asked + 1
+
+
 def test_the_errors_of_a_batch_pickle_and_copy(lab: Lab) -> None:
     _, session = fleet(lab, {"a": [404], "b": [b"<html>"], "c": ["running"]})
     errors: list[Any] = []
@@ -3875,6 +3921,31 @@ def test_a_datetime_without_a_zone_is_utc():
     assert api.read_state(run()).created_at == TEN
 
 
+def test_a_date_with_a_zone_is_read_by_its_zone():
+    date = (datetime.now(timezone(timedelta(hours=2))) + timedelta(seconds=30)).strftime("%a, %d %b %Y %H:%M:%S %z")
+    assert ORDINARY.read_state(run(), headers={"Retry-After": date}).retry_after == pytest.approx(30, abs=3)
+
+
+def test_an_api_is_a_value():
+    again = dataclasses.replace(runpoll.DOCLO)
+    assert again == runpoll.DOCLO and hash(again) == hash(runpoll.DOCLO) and again != runpoll.ONEPIN
+    assert dataclasses.replace(again, start="") != again and again != "doclo"
+
+
+def test_a_key_that_took_all_the_time_is_not_used(lab):
+    def ask():
+        lab.clock.now += 20
+        return KEY
+
+    with pytest.raises(PollTimeout):
+        wait(lab.open(run(), key=ask), "r1", timeout=10)
+    assert not lab.requests
+
+
+def test_an_interval_without_end_is_no_timeout(lab):
+    assert len(list(iter_status(lab.open(run(), sleep=lambda seconds: True), "r1", interval=math.inf, timeout=None))) == 1
+
+
 def test_an_interval_without_end_leaves_the_last_poll(lab):
     with pytest.raises(PollTimeout):
         wait(lab.open(run()), "r1", interval=math.inf, timeout=10)
@@ -3925,6 +3996,7 @@ def test_an_error_in_an_odd_form_is_read_too(lab, body, message):
 @pytest.mark.parametrize("call", [
     lambda lab: lab.session(key=b"key"), lambda lab: lab.session(key=lambda: 5).poll("r1"),
     lambda lab: lab.session(sleep=3), lambda lab: lab.session(clock=None), lambda lab: lab.session(base_url=""),
+    lambda lab: lab.session(retries=math.inf),
     lambda lab: iter_batch(lab.session(), [], timeout=9, workers=1.5), lambda lab: lab.session(max_body="1"), lambda lab: lab.session(retries=-1), lambda lab: lab.session(headers="abc"),
     lambda lab: lab.session(headers={"X": None}), lambda lab: lab.session(headers={"X: y": "1"}), lambda lab: lab.session(pool="x"),
     lambda lab: iter_status("x", "r1"), lambda lab: iter_batch(lab.session(), [], timeout="x"),
