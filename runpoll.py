@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from enum import Enum
 from functools import lru_cache, partial
 from math import inf
@@ -165,15 +165,14 @@ class Phase(str, Enum):
         return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
 
 
-_VOCABULARY = {
+_PHASES = {word: phase for phase, words in {
     Phase.PENDING: "pending queued created scheduled submitted accepted enqueued notstarted starting initializing",
     Phase.RUNNING: "running inprogress processing started active working executing finalizing cancelling canceling",
     Phase.PAUSED: "paused suspended awaitingreview awaitingapproval awaitinginput requiresaction",
     Phase.SUCCEEDED: "success succeeded successful completed complete finished done",
     Phase.FAILED: "failed failure error errored timedout crashed expired",
     Phase.CANCELLED: "cancelled canceled aborted",
-}
-_PHASES = {word: phase for phase, words in _VOCABULARY.items() for word in words.split()}
+}.items() for word in words.split()}
 
 
 class _Value:
@@ -253,8 +252,8 @@ class RunState(_Value):
         """The output of a run that succeeded, through `decode` if given. Raises RunFailed, RunCancelled, RunNotDone."""
         if self.ok:
             return self.output if decode is None else decode(self.output)
-        kind, what = {Phase.FAILED: (RunFailed, "failed"), Phase.CANCELLED: (RunCancelled, "was cancelled")}.get(
-            self.phase, (RunNotDone, f"has not ended (status {self.status!r}): follow it with iter_status()"))
+        kind = {Phase.FAILED: RunFailed, Phase.CANCELLED: RunCancelled}.get(self.phase, RunNotDone)
+        what = self.phase if self.done else f"has not ended (status {self.status!r}): follow it with iter_status()"
         said = self.error or ErrorInfo("")
         parts = (what, _one_line(said.message), said.step and f"step {said.step}", said.code and f"code {said.code}")
         raise kind(f"run {self.id} {', '.join(filter(None, parts))}", params=self.params, state=self)
@@ -301,16 +300,16 @@ def _count(value: Any) -> int | None:
     return int(value) if _number(value) is not None and value % 1 == 0 else None
 
 
-_ISO_8601 = r"(?a)(\d{4})-?(\d\d)-?(\d\d)(?:[Tt ](\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)? ?(?:[Zz]|([+-])([01]\d|2[0-3]):?([0-5]\d)?)?"
+_ISO_8601 = (r"(?ai)(\d{4})-?(\d\d)-?(\d\d)(?:[t ](\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)?"
+             r" ?(?:z|([+-](?:[01]\d|2[0-3])):?([0-5]\d)?)?")
 
 
 def _instant(value: Any) -> datetime | None:
-    """ISO 8601, or Unix time in seconds or milliseconds; none means UTC."""
+    """ISO 8601, or Unix time in seconds or milliseconds; without an offset it is UTC."""
     with suppress(ValueError, OverflowError, OSError):
-        if isinstance(value, str):
-            return _moment(value) if len(value) < 100 else None
-        if isinstance(value, datetime):
-            return value.astimezone(timezone.utc) if value.tzinfo else value.replace(tzinfo=timezone.utc)
+        value = value.isoformat() if isinstance(value, datetime) else value
+        if isinstance(value, str) and len(value) < 100:
+            return _moment(value)
         if (number := _number(value)) is not None:
             return datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
     return None
@@ -320,19 +319,17 @@ def _instant(value: Any) -> datetime | None:
 def _moment(text: str) -> datetime | None:
     if not (found := re.fullmatch(_ISO_8601, text)):
         return None
-    *parts, sign, hours, minutes = found.groups("00")  # few of the forms can Python 3.9 read by itself
-    value = datetime.fromisoformat("{}-{}-{}T{}:{}:{}.{:0<6.6}".format(*parts)).replace(tzinfo=timezone.utc)
-    ahead = timedelta(hours=int(hours), minutes=int(minutes))
-    return value + ahead if sign == "-" else value - ahead
+    text = "{}-{}-{}T{}:{}:{}.{:0<6.6}{:+>3}:{}".format(*found.groups("00"))  # the form that Python 3.9 reads, too
+    return datetime.fromisoformat(text).astimezone(timezone.utc)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Retry-After (RFC 9110 section 10.2.3) in seconds; None when absent, not positive, or anything else."""
-    text = headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d{1,300}(\.\d+)?", text):
-        return float(text) or None
-    with suppress(TypeError, ValueError, IndexError, OverflowError):
-        if text and (date := _instant(email.utils.parsedate_to_datetime(text))):
+    """A positive Retry-After (RFC 9110 section 10.2.3) in seconds, else None."""
+    with suppress(LookupError, TypeError, ValueError, OverflowError):
+        text = headers["Retry-After"].strip()
+        if re.fullmatch(r"\d{1,300}(\.\d+)?", text):
+            return float(text) or None
+        if date := _instant(email.utils.parsedate_to_datetime(text)):
             return max(date.timestamp() - time.time(), 0.0) or None
     return None
 
@@ -341,16 +338,16 @@ def _error_info(said: Any) -> ErrorInfo | None:
     """An error in whichever of the usual forms."""
     said = {"detail": said} if isinstance(said, list) else said
     while isinstance(said, dict) and not _text(said.get("message")) and (
-            inner := [part for name in ("error", "detail") if isinstance(part := said.get(name), dict)]):
+            inner := [part for part in map(said.get, ("error", "detail")) if isinstance(part, dict)]):
         said = inner[0]
     if not isinstance(said, dict):
         return said if isinstance(said, ErrorInfo) else ErrorInfo(said) if _text(said) else None
-    more = [said[name] for name in ("detail", "errors", "error") if said.get(name) is not None]
+    more = [said.get(name) for name in ("detail", "errors", "error")]
     listed = "; ".join(_fault(fault) for part in more if isinstance(part, list) for fault in part)
-    texts = [said.get(name) for name in ("message", "detail", "description", "title", "error")]
-    message: Any = next(filter(_text, (*texts, listed, *said.values())), "no text")
+    texts = (*map(said.get, ("message", "detail", "description", "title", "error")), listed, *said.values())
+    message: Any = next(filter(_text, texts), "no text")
     code = _word(said.get("code")) or (_text(said.get("error")) if said.get("error") != message else None)
-    details = said.get("details") or next((part for part in more if part not in (message, code)), None)
+    details = said.get("details") or next((part for part in more if part not in (None, message, code)), None)
     return ErrorInfo(message, code, _text(said.get("step")), details)
 
 
@@ -387,26 +384,23 @@ class _Path:
     """A path template with its method, like "DELETE /jobs/{run_id}"."""
 
     def __init__(self, template: str, method: str = "POST") -> None:
-        if not re.fullmatch("(([A-Za-z]+ )?/[^{} ]*)?", _PARAMETER.sub("x", template)):
-            raise ValueError(f"a path template is like '/jobs/{{run_id}}', not like {template!r}")
+        names = [name for _, name in _PARAMETER.findall(template)]
+        self.names = set(names)
+        if len(names) > len(self.names) or not re.fullmatch("(([A-Za-z]+ )?/[^{} ]*)?", _PARAMETER.sub("x", template)):
+            raise ValueError(f"a path template is like '/jobs/{{run_id}}', each parameter once, not like {template!r}")
         named, _, self.path = template.rpartition(" ")
         self.method = (named or method).upper()
-        names = [name for _, name in _PARAMETER.findall(self.path)]
-        self.names = set(names)
-        if len(names) > len(self.names):
-            raise ValueError(f"{template!r} names a parameter twice")
 
     def fill(self, params: Mapping[str, Any]) -> str:
         """The path, each value encoded whole, so that it cannot change the rest."""
-        for wrong, names in (("missing", self.names - params.keys()), ("unknown", params.keys() - self.names)):
-            if names:
-                raise TypeError(f"{wrong} path parameter {', '.join(sorted(names))} for {self.path!r}")
+        if params.keys() != self.names:
+            raise TypeError(f"{self.path!r} takes the parameters {sorted(self.names)}, not {sorted(params)}")
 
         def encoded(found: re.Match[str]) -> str:
-            value, kept = str(_typed(f"path parameter {found[2]}", params[found[2]], str, int)), found[1] and "/"
-            if not {"", ".", ".."}.isdisjoint(value.split(kept or "\0")):
+            value = quote(str(_typed(f"path parameter {found[2]}", params[found[2]], str, int)), safe=found[1] and "/")
+            if not {"", ".", ".."}.isdisjoint(value.split("/")):
                 raise ValueError(f"path parameter {found[2]} may have no empty, '.' or '..' segment: {value!r}")
-            return quote(value, safe=kept)
+            return value
 
         return _PARAMETER.sub(encoded, self.path)
 
@@ -426,12 +420,12 @@ def _checked(name: str, value: Any, least: float = 0.0, most: float = inf) -> An
 _Run = Union[str, "Mapping[str, Any]", RunState]
 _Field = Union[str, "Sequence[str]", Callable[[Any], Any]]
 
-# RunState field -> its converter, and where it stands in most APIs, in snake_case or camelCase.
-_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+# RunState field -> its converter, and its usual names, which _spelled adds to.
+_FIELDS: dict[str, tuple[Any, str]] = {
     "id": (_word, "run_id id execution_id job_id task_id"),
     "status": (_word, "status state"),
     "output": (lambda value: value, "output outputs result results"),
-    "error": (lambda value: value, "error error_message"),
+    "error": (_error_info, "error error_message"),
     "created_at": (_instant, "created_at created submitted_at"),
     "started_at": (_instant, "started_at start_time"),
     "completed_at": (_instant, "completed_at finished_at ended_at end_time"),
@@ -482,22 +476,23 @@ class Api(_Value):
     def __post_init__(self) -> None:
         _base_url(self.base_url)
         start, status, cancel = paths = _Path(self.start), _Path(self.status, "GET"), _Path(self.cancel)
-        reserved = {"self", "body", "request_timeout", "headers", "idempotency_key"}
         for wrong, rule in (
             (dict(self.fields).keys() - _FIELDS.keys(), f"fields may only name {', '.join(_FIELDS)}"),
             ({"run_id"} - status.names, "the status template has to name {run_id}"),
             (cancel.names - status.names, "the cancel template may only name what the status template names"),
-            (start.names & reserved, "a start parameter may not be named like an argument of Session.start"),
+            (start.names & {"self", "body", "request_timeout", "headers", "idempotency_key"},
+             "a start parameter may not be named like an argument of Session.start"),
         ):
             if wrong:
                 raise ValueError(f"{rule}: {', '.join(sorted(wrong))}")
         place, _, name = str.partition(self.idempotency, ":")
         if self.idempotency and (place not in ("header", "body") or name.split() != [name]):
             raise ValueError(f"idempotency is 'header:NAME' or 'body:NAME', not {self.idempotency!r}")
-        phases = {**_PHASES, **{_bare(word): Phase(phase) for word, phase in dict(self.phases).items()}}
-        places = {**_USUAL, **{name: _place(where) for name, where in self.fields.items()}}
-        root = _place(self.root) if self.root else [[]]
-        vars(self).update(_paths=paths, _phases=phases, _places=places, _root=root)
+        vars(self).update(
+            _paths=paths,
+            _phases={**_PHASES, **{_bare(word): Phase(phase) for word, phase in dict(self.phases).items()}},
+            _places={**_USUAL, **{name: _place(where) for name, where in self.fields.items()}},
+            _root=_place(self.root) if self.root else [[]])
 
     def read_state(self, body: Any, params: Mapping[str, str] | None = None,
                    headers: Mapping[str, str] | None = None, http_status: int = 200) -> RunState:
@@ -505,25 +500,25 @@ class Api(_Value):
 
         A subclass overrides it for an API that no table can express: every success answer to a start and a poll comes
         here, None for an empty one. `params` are those that were asked with (a start's lack `run_id`), None for the id
-        alone; `headers` are compared without regard to case.
+        alone; `headers` compare in any case.
         """
         headers = headers if isinstance(headers, HTTPHeaderDict) else HTTPHeaderDict(dict(headers or {}))
         asked: dict[str, Any] = dict(params or {})
         starts = params is not None and "run_id" not in asked
         run = _first(body, self._root)
-        known: dict[str, Any] = {"http_status": http_status, "params": None if starts else asked or None}
+        known: dict[str, Any] = {"http_status": http_status, "params": None if starts else params}
         with _readable("a field of the Api", **known):
             found = {name: _first(run, place, _FIELDS[name][0]) for name, place in self._places.items()}
         if starts and not found["id"] and "Location" in headers:
             with suppress(ValueError):  # it leads elsewhere
                 path = _PARAMETER.sub(lambda name: quote(str(asked.get(name[2], name[0])), safe="/{}"), self._paths[0].path)
                 asked.update(self._from_url(urljoin(self.base_url + path, headers["Location"])))
-        found["id"] = found["id"] or asked.get("run_id")
-        found["status"] = found["status"] or ("" if starts else None)
-        if None in (found["id"], found["status"]):
-            raise BadResponse(f"has no {'status' if found['id'] else 'id'} of a run", **known)
+        for name, other in (("id", asked.get("run_id")), ("status", "" if starts else None)):
+            found[name] = found[name] or other
+            if found[name] is None:
+                raise BadResponse(f"has no {name} of a run", **known)
         phase = self._phases.get(_bare(found["status"]), Phase.UNKNOWN) if found["status"] else Phase.PENDING
-        found["error"] = _error_info(found["error"]) if phase in (Phase.FAILED, Phase.CANCELLED) else None
+        found["error"] = found["error"] if phase in (Phase.FAILED, Phase.CANCELLED) else None
         if found["progress"] is None and found["steps_total"] and found["steps_done"] is not None:
             found["progress"] = min(found["steps_done"] / found["steps_total"], 1.0)
         begun, ended = found["started_at"] or found["created_at"], found["completed_at"]
@@ -542,13 +537,11 @@ class Api(_Value):
 
     def _from_url(self, url: str) -> dict[str, str]:
         base, given, path = _base_url(self.base_url), parse_url(url), self._paths[1].path
-        if _origin(base) != _origin(given) or given.auth:
-            raise ValueError(f"the status URL is not on the API's own origin, {_origin(base)}")
-        pattern = re.escape((base.path or "").rstrip("/") + path)
-        pattern = _PARAMETER.sub(lambda found: f"(?P<{found[2]}>[^?&{'' if found[1] else '/'}]+)", pattern)
-        found = "{" not in url and re.fullmatch(pattern, given.request_uri if "?" in path else given.request_uri.partition("?")[0])
-        if not found:
-            raise ValueError(f"the status URL does not fit the status template {path!r}")
+        pattern = re.escape(_origin(base) + (base.path or "").rstrip("/") + path)
+        pattern = _PARAMETER.sub(lambda name: f"(?P<{name[2]}>[^?&{'' if name[1] else '/'}]+)", pattern)
+        found = re.fullmatch(pattern, _origin(given) + (given.request_uri if "?" in path else given.path or ""))
+        if not found or given.auth or "{" in url:
+            raise ValueError(f"the status URL does not fit {self.base_url + path!r}")
         return self._handle({name: unquote(value) for name, value in found.groupdict().items()})
 
 
@@ -566,13 +559,13 @@ def _place(where: _Field) -> Any:
     return where if callable(where) else [str.split(path, ".") for path in ([where] if isinstance(where, str) else where)]
 
 
-def _spellings(names: str) -> list[str]:
+def _spelled(names: str) -> list[str]:
     """created_at is createdAt, too."""
-    both = [(name, name[0] + name.title().replace("_", "")[1:]) for name in names.split()]
-    return list(dict.fromkeys(spelling for pair in both for spelling in pair))
+    both = ((name, name[0] + name.title().replace("_", "")[1:]) for name in names.split())
+    return list(dict.fromkeys(itertools.chain(*both)))
 
 
-_USUAL = {name: _place(_spellings(usual)) for name, (_, usual) in _FIELDS.items()}
+_USUAL = {name: _place(_spelled(usual)) for name, (_, usual) in _FIELDS.items()}
 
 
 def _first(body: Any, place: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -607,10 +600,9 @@ def _origin(url: Url) -> str:
 # ---- The built-in APIs, as their documents describe them
 
 
-def _scaled(units: float, paths: str, body: Any) -> float | None:
+def _scaled(units: float, paths: str, body: Any) -> Any:
     """A number that is in another unit, at the first of `paths`."""
-    number = _first(body, _place(paths.split()), _number)
-    return None if number is None else number / units
+    return _first(body, _place(paths.split()), lambda value: _number(value) and value / units)
 
 
 def _held(switch: str, on: object, milliseconds: str, usual: float, body: Any) -> float:
