@@ -417,8 +417,8 @@ def _checked(name: str, value: Any, least: float = 0.0, most: float = inf) -> An
     return value
 
 
-_Run = Union[str, "Mapping[str, Any]", RunState]
-_Field = Union[str, "Sequence[str]", Callable[[Any], Any]]
+_Run = Union[str, Mapping[str, Any], RunState]
+_Field = Union[str, Sequence[str], Callable[[Any], Any]]
 
 # RunState field -> its converter, and its usual names, which _spelled adds to.
 _FIELDS: dict[str, tuple[Any, str]] = {
@@ -1047,7 +1047,8 @@ class _Pursuit:
 
     def __init__(self, session: Session, path: _Path, params: Mapping[str, Any], read: Callable[..., Any], body: Any = None,
                  headers: Mapping[str, str] | None = None, request_timeout: float | None = None, **options: Any) -> None:
-        vars(self).update(options)
+        for name, value in options.items():
+            setattr(self, name, value)
         self.session, self.read = session, read
         self.method, self.target = path.method, session._prefix + path.fill(params)
         run, shown = self.run, f"{self.method} {self.target.partition('?')[0]}"
@@ -1149,7 +1150,7 @@ class _Pursuit:
                 first = first or (share, elapsed)
                 gained, taken = share - first[0], elapsed - first[1]
                 eta = (1 - share) / (gained / taken) if gained > 0 and taken > 0 else None
-            self.state = state = _but(self.answer, polls=self.polls, faults=self.faults, elapsed=elapsed, eta=eta)
+            self.state = self.answer = state = _but(self.answer, polls=self.polls, faults=self.faults, elapsed=elapsed, eta=eta)
             yield state
             if state.done:
                 return
@@ -1194,7 +1195,7 @@ class Backoff(_Value):
         return wait if self.pace is None or state.eta is None else min(wait, max(self.pace * state.eta, self.initial))
 
 
-_Interval = Union[float, "Sequence[float]", Callable[[RunState], float]]
+_Interval = Union[float, Sequence[float], Callable[[RunState], float]]
 
 
 def iter_status(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,

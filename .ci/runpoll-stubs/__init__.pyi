@@ -132,8 +132,8 @@ class RunState:
     @overload
     def result(self, decode: Callable[[Any], _T]) -> _T:
         ...
-_Run = Union[str, 'Mapping[str, Any]', RunState]
-_Field = Union[str, 'Sequence[str]', Callable[[Any], Any]]
+_Run = Union[str, Mapping[str, Any], RunState]
+_Field = Union[str, Sequence[str], Callable[[Any], Any]]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Api:
@@ -205,7 +205,7 @@ class Backoff:
 
     def __call__(self, state: RunState) -> float:
         ...
-_Interval = Union[float, 'Sequence[float]', Callable[[RunState], float]]
+_Interval = Union[float, Sequence[float], Callable[[RunState], float]]
 
 def iter_status(session: Session, run: _Run, *, interval: _Interval=Backoff(), timeout: float | None=300.0, max_outage: float | None=60.0) -> Generator[RunState, None, None]:
     ...
