@@ -438,7 +438,8 @@ class Simulator(Server):
 
     def _dibby(self, request: Request, parts: list[str]) -> Answer:
         if (request.method, parts) == ("POST", ["api", "runs"]):
-            made = self.begin("dibby", request.body["workflowId"], request.body)
+            said = request.body if isinstance(request.body, dict) else {}
+            made = self.begin("dibby", said.get("workflowId"), said)
         elif request.method == "GET" and parts[:2] == ["api", "runs"] and parts[2] in self.runs:
             made = self.runs[parts[2]]
             self.advance(made)
