@@ -659,15 +659,15 @@ class _Receiver(socket.SocketIO):
     _sock: socket.socket
     end: float
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, b: Any) -> int | None:
         self._sock.settimeout(_left(self.end))
-        return super().readinto(buffer)
+        return super().readinto(b)
 
 
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        receiver: Any = self.fp.raw
+        receiver: Any = self.fp.raw  # the socket counts its files, so this one changes and no other is made
         receiver.__class__, receiver.end = _Receiver, time.monotonic() + (sock.gettimeout() or 0.0)
 
     def begin(self) -> None:
@@ -980,9 +980,9 @@ class Session:
             ask.keys = [*ask.keys[-1:], key]  # an answer may speak of the one before, too
         return header
 
-    def _prove(self, key: str | None) -> tuple[str, dict[str, str]]:
+    def _prove(self, given: str | None) -> tuple[str, dict[str, str]]:
         """A key, and the header that carries it."""
-        key = _typed("api_key", "" if key is None else key, str).strip()
+        key: str = _typed("api_key", "" if given is None else given, str).strip()
         return key, _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
 
     def _attempt(self, ask: _Pursuit, auth: dict[str, str], seconds: float) -> Any:
@@ -1421,6 +1421,7 @@ def _main() -> int:
         colour = {Phase.SUCCEEDED: 32, Phase.FAILED: 31, Phase.CANCELLED: 31, Phase.PAUSED: 33}.get(state.phase, 36)
         return line if os.environ.get("NO_COLOR") else f"\x1b[{colour}m{line[:9]}\x1b[0m{line[9:]}"
 
+    state: Any = None
     shown, code, problem = "", 5, ""
     goes_on = f"the run goes on, and this resumes it: python -m runpoll {shlex.join(sys.argv[1:])}"
     try:
