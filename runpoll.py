@@ -696,15 +696,16 @@ class _HTTP(HTTPConnection):
         """Until a proxy's CONNECT and TLS are through, no connection was made."""
         try:
             super().connect()
+            self.timeout = _left(self._end)
         except ssl.CertificateError:
             raise
         except (OSError, UnicodeError, http.client.HTTPException) as error:
-            raise NewConnectionError(self, str(error)) from error
+            raise NewConnectionError(self, str(error)) from error.with_traceback(None)
 
     def _new_conn(self) -> socket.socket:
         """A host's addresses share the timeout, and TLS has what they leave of it."""
         self._end = time.monotonic() + (self.timeout or 0.0)
-        addresses = [found[4][0] for found in socket.getaddrinfo(self._dns_host, self.port, 0, socket.SOCK_STREAM)]
+        addresses = [found[4][0] for found in socket.getaddrinfo(self._dns_host.strip("[]"), self.port, 0, socket.SOCK_STREAM)]
         while True:
             address = str(addresses.pop(0)), self.port
             with suppress(*([OSError] if addresses else [])):
@@ -727,6 +728,10 @@ class _Total(urllib3.Timeout):
 
     def clone(self) -> _Total:
         return self
+
+    @property
+    def connect_timeout(self) -> Any:
+        return self.read_timeout or 0.001
 
     def start_connect(self) -> float:
         return self._start_connect or super().start_connect()
@@ -1302,19 +1307,25 @@ def _batch(session: Session, asks: list[_Pursuit], workers: int) -> Generator[Ru
                 errors[index] = error if ours else None
                 if not ours or getattr(error, "http_status", 0) == 401:
                     fatal, closed = fatal or error, True
-                if ours and not isinstance(error, PollTimeout):
-                    _log.warning("%s; the others go on", error)
             changed.notify_all()
+        if errors[index] and not isinstance(error, PollTimeout):
+            _log.warning("%s; the others go on", error)
 
     def work() -> None:
-        while True:
+        nonlocal fatal, closed
+        try:
+            while True:
+                with changed:
+                    while not closed and (wait := due[0][0] - session._clock()) >= _TICK:
+                        changed.wait(min(wait, threading.TIMEOUT_MAX))
+                    if closed:
+                        return
+                    index = heapq.heappop(due)[1]
+                resume(index)
+        except BaseException as caught:  # noqa: BLE001  # of the clock or a log handler; the consumer raises it
             with changed:
-                while not closed and (wait := due[0][0] - session._clock()) >= _TICK:
-                    changed.wait(min(wait, threading.TIMEOUT_MAX))
-                if closed:
-                    return
-                index = heapq.heappop(due)[1]
-            resume(index)
+                fatal, closed = fatal or caught, True
+                changed.notify_all()
 
     threads = [threading.Thread(target=work, daemon=True) for _ in asks[:workers]]
     try:
@@ -1329,6 +1340,8 @@ def _batch(session: Session, asks: list[_Pursuit], workers: int) -> Generator[Ru
                 until = inf if closed else due[0][0]
             if state:
                 resume(index)  # no further than to when the next poll is due
+                if fatal and not isinstance(fatal, Exception):
+                    break  # Ctrl-C waits for no loop body
                 yield state
             elif until == inf:
                 break

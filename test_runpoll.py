@@ -2422,6 +2422,12 @@ def test_a_start_that_a_proxy_did_not_let_through_is_tried_again(lab, monkeypatc
     gc.collect()
 
 
+def test_a_proxy_may_be_an_ipv6_address(lab, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", f"http://[::1]:{closed_port()}")
+    with pytest.raises(TransportError, match="(?i)refused|assign|unreachable"):
+        lab.session(base_url="https://api.test", retries=0).poll("r1")
+
+
 def test_a_tunnel_is_part_of_the_attempt(lab, monkeypatch):
     proxy = lab.enter(Server(wire(b"", b"HTTP/1.1 200 Connection established\r\n\r\n", b"", every=0.2, repeat=True)))
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
@@ -2429,6 +2435,29 @@ def test_a_tunnel_is_part_of_the_attempt(lab, monkeypatch):
     with pytest.raises(TransportError) as caught:
         lab.session(base_url="https://api.test", request_timeout=0.3, retries=0, **REAL).start({})
     assert time.monotonic() - begun < 0.45 and caught.value.sent is False
+
+
+def test_what_tls_took_is_no_time_to_send_in(lab, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(lab.certificate))
+    tls, over = lab.tls(), threading.Event()
+
+    def shake_hands_late_and_read_nothing():
+        connection, _ = server.accept()
+        over.wait(0.3)
+        with tls.wrap_socket(connection, server_side=True):
+            over.wait(5)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=shake_hands_late_and_read_nothing)
+        thread.start()
+        session = lab.session(base_url=f"https://127.0.0.1:{server.getsockname()[1]}", request_timeout=0.4, retries=0, **REAL)
+        begun = time.monotonic()
+        with pytest.raises(TransportError, match="no answer within 0.4 s"):
+            session.start({"much": "x" * 2**24})
+        took = time.monotonic() - begun
+        over.set()
+        thread.join()
+    assert took < 0.62
 
 
 def test_a_start_that_tls_did_not_let_through_is_tried_again(lab):
@@ -2890,6 +2919,35 @@ def test_a_refused_key_sends_no_more_requests_while_the_loop_is_away(lab: Lab) -
     with pytest.raises(BatchError, match="401"):
         next(states)
     assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("what", ["log", "clock"])
+def test_what_breaks_a_worker_comes_out_of_a_batch(lab: Lab, what: str) -> None:
+    def broken(*_: Any) -> float:
+        if threading.current_thread() is not threading.main_thread():
+            raise ZeroDivisionError(what)
+        return lab.clock.now
+
+    _, session = fleet(lab, {"a": [404]}, **({"clock": broken} if what == "clock" else {}))
+    handler = logging.Handler()
+    handler.emit = broken  # type: ignore[assignment]
+    logging.getLogger("runpoll").addHandler(handler)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            list(iter_batch(session, ["a"], timeout=9))
+    finally:
+        logging.getLogger("runpoll").removeHandler(handler)
+
+
+def test_an_interrupt_waits_for_no_loop_body(lab: Lab) -> None:
+    def interval(state: RunState) -> float:
+        raise KeyboardInterrupt
+
+    _, session = fleet(lab, {name: ["running"] for name in "abc"})
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        seen.extend(iter_batch(session, ["a", "b", "c"], timeout=9, interval=interval))
+    assert not seen
 
 
 def test_a_batch_whose_first_run_was_in_trouble_is_timed_out_from_its_fault(lab: Lab) -> None:
