@@ -600,14 +600,14 @@ def _origin(url: Url) -> str:
 # ---- The built-in APIs, as their documents describe them
 
 
-def _scaled(units: float, paths: str, body: Any) -> Any:
-    """A number that is in another unit, at the first of `paths`."""
-    return _first(body, _place(paths.split()), lambda value: _number(value) and value / units)
+def _scaled(units: float, place: Any, body: Any) -> Any:
+    """A number that is in another unit."""
+    return _first(body, place, lambda value: _number(value) and value / units)
 
 
 def _held(switch: str, on: object, milliseconds: str, usual: float, body: Any) -> float:
     """For how many seconds a start is held whose body has `on` at `switch`."""
-    return (_scaled(1000, milliseconds, body) or usual) if _first(body, _place(switch)) == on else 0.0
+    return (_scaled(1000, _place(milliseconds), body) or usual) if _first(body, _place(switch)) == on else 0.0
 
 
 RAPIDFOLIO = Api(
@@ -624,10 +624,10 @@ DOCLO = Api(
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
     fields={
-        "duration": partial(_scaled, 1000, "duration metrics.durationMs"),
+        "duration": partial(_scaled, 1000, _place(["duration", "metrics.durationMs"])),
         "steps_done": "metrics.stepsRun",
         "steps_total": "metrics.stepsTotal",
-        "progress": partial(_scaled, 100, "progress.percentage"),
+        "progress": partial(_scaled, 100, _place("progress.percentage")),
     },
     idempotency="body:idempotencyKey",
     hold=partial(_held, "wait", True, "timeout", 30.0),
@@ -1232,7 +1232,7 @@ def wait(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeou
 
 
 def _asks(session: Session, runs: Iterable[_Run], interval: _Interval, timeout: float | None,
-              max_outage: float | None) -> list[_Pursuit]:
+          max_outage: float | None) -> list[_Pursuit]:
     """One for each run, however often it is given; the clock of the iteration starts here."""
     if not hasattr(session, "_following"):
         raise TypeError(f"session has to be a Session, not {type(session).__name__}")
@@ -1252,9 +1252,12 @@ def _asks(session: Session, runs: Iterable[_Run], interval: _Interval, timeout: 
 
 def _waits(interval: _Interval) -> Callable[[RunState, int], float]:
     """The seconds to wait after a state, which is the how-manieth."""
+    def seconds(number: float) -> Any:
+        return min(_checked("interval", number), 1e9)  # no clock goes on for longer
+
     if callable(interval):
-        return lambda state, _: min(_checked("interval", interval(state)), 1e9)  # no clock goes on for longer
-    numbers = [min(_checked("interval", number), 1e9) for number in (interval if isinstance(interval, Sequence) else [interval])]
+        return lambda state, _: seconds(interval(state))
+    numbers = [seconds(number) for number in (interval if isinstance(interval, Sequence) else [interval])]
     last = _checked("the length of interval", len(numbers), 1) - 1
     return lambda _, index: numbers[min(index, last)]
 
@@ -1287,9 +1290,15 @@ def _batch(session: Session, asks: list[_Pursuit], workers: int) -> Generator[Ru
     fatal: BaseException | None = None
     changed, left, closed = threading.Condition(), len(due), False  # what is left and neither due nor ready is in flight
 
+    def close(error: BaseException | None = None) -> None:
+        nonlocal fatal, closed
+        with changed:
+            fatal, closed = fatal or error, True
+            changed.notify_all()
+
     def resume(index: int) -> None:
         """Take a run's next step: a state, a point to wait for, or its end."""
-        nonlocal left, fatal, closed
+        nonlocal left
         step, error = None, None
         try:
             step = next(steps[index], None)
@@ -1306,13 +1315,12 @@ def _batch(session: Session, asks: list[_Pursuit], workers: int) -> Generator[Ru
                 ours = getattr(error, "params", None) is asks[index].run  # or the caller's, of its key or its interval
                 errors[index] = error if ours else None
                 if not ours or getattr(error, "http_status", 0) == 401:
-                    fatal, closed = fatal or error, True
+                    close(error)
             changed.notify_all()
         if errors[index] and not isinstance(error, PollTimeout):
             _log.warning("%s; the others go on", error)
 
     def work() -> None:
-        nonlocal fatal, closed
         try:
             while True:
                 with changed:
@@ -1323,9 +1331,7 @@ def _batch(session: Session, asks: list[_Pursuit], workers: int) -> Generator[Ru
                     index = heapq.heappop(due)[1]
                 resume(index)
         except BaseException as caught:  # noqa: BLE001  # of the clock or a log handler; the consumer raises it
-            with changed:
-                fatal, closed = fatal or caught, True
-                changed.notify_all()
+            close(caught)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in asks[:workers]]
     try:
@@ -1348,9 +1354,7 @@ def _batch(session: Session, asks: list[_Pursuit], workers: int) -> Generator[Ru
             elif session._nap(until):
                 return
     finally:
-        with changed:
-            closed = True
-            changed.notify_all()
+        close()
     for thread in threads if left == len(due) else ():  # none is in flight
         thread.join()
     late = [error for error in errors if isinstance(error, PollTimeout)]
