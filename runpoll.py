@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: MIT
-# runpoll 0.1.0
+# runpoll 0.2.0
 """Start a remote run (a workflow, a job, a procedure) over HTTP and follow it until it ends.
 
     import runpoll
 
     with runpoll.Session(runpoll.RAPIDFOLIO, api_key) as session:
-        run = session.start({"data": {"customerId": "cust_123"}}, procedure_id="proc_abc", environment="sandbox")
+        body = {"data": {"customerId": "cust_123"}}
+        run = session.start(body, procedure_id="proc_abc", environment="sandbox")
         for state in runpoll.iter_status(session, run):
             print(state.status, state.progress)
         print(state.result())
 
-An `Api` says how one API speaks, a `Session` speaks it, each answer about a run is a `RunState`, a plain value, and
-`iter_status` yields them: the loop is yours. No start is sent twice where the first may have begun a run, nothing is
-cancelled unless you say so, nothing is global. All times are seconds, and None is no limit.
+An `Api` reads answers. A `Session` makes attempts. A watch knows when the next one is due. An
+iterator waits and yields `RunState`s, plain values: the loop is yours, to leave by `break` and to
+take up again, in any process, by `state.params`.
+
+Faults that pass are sat out. A start is never sent twice where the first may have begun a run,
+nothing is cancelled unless you say so, and nothing is global. All times are seconds.
 """
 
 from __future__ import annotations
@@ -20,134 +24,140 @@ from __future__ import annotations
 import email.utils
 import heapq
 import http.client
-import itertools
+import io
+import json
 import logging
+import math
 import os
+import queue
 import random
 import re
 import socket
 import ssl
 import threading
 import time
-from collections import deque
+import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
-from functools import lru_cache, partial
-from math import inf
-from typing import Any, ClassVar, TypeVar, Union, overload
-from urllib.parse import quote, unquote, urljoin
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple, TypeVar, Union, overload
+from urllib.parse import quote, unquote, urlsplit
 
 import urllib3
-from urllib3._collections import HTTPHeaderDict
+from urllib3 import exceptions
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, NewConnectionError, SSLError
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import Url, make_headers, parse_url
-from urllib3.util.connection import create_connection
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
-    "RunpollError", "TransportError", "ApiError", "BadResponse", "PollTimeout", "RunFailed", "RunCancelled", "RunNotDone",
-    "BatchError", "Phase", "ErrorInfo", "RunState", "Api", "RAPIDFOLIO", "DOCLO", "DIBBY", "ONEPIN",
-    "Session", "Backoff", "iter_status", "wait", "iter_batch",
+    "RunpollError",
+    "TransportError",
+    "ApiError",
+    "BadResponse",
+    "PollTimeout",
+    "RunFailed",
+    "RunCancelled",
+    "RunNotDone",
+    "BatchError",
+    "Phase",
+    "ErrorInfo",
+    "RunState",
+    "Api",
+    "RAPIDFOLIO",
+    "DOCLO",
+    "DIBBY",
+    "ONEPIN",
+    "Session",
+    "Backoff",
+    "iter_status",
+    "wait",
+    "iter_batch",
+    "main",
 ]
 
-_IDEMPOTENT = {"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}  # RFC 9110 section 9.2.2
-_TRANSIENT = {408, 429, 500, 502, 503, 504}  # HTTP statuses that another try may not meet
-# All in seconds:
-_RETRY_FIRST, _RETRY_MOST = 0.5, 10.0  # the wait before the first retry, and the longest
-_RETRY_AFTER_MOST = 120.0  # the longest Retry-After that is waited for
-_REPLICA_LAG = 10.0  # for so long a run just started may be unknown
-_IDLE_MOST = 5.0  # a connection idle for longer is not trusted with what cannot be repeated
-_HOLD_MARGIN = 10.0  # what a start's answer may take beyond the server's hold
-_LAST_POLL = 0.1  # what is kept for the last poll before a deadline, at least
-_TICK = 1e-6  # points on the clock that are closer are one
-
-_log = logging.getLogger("runpoll")
 _T = TypeVar("_T")
+_log = logging.getLogger("runpoll")
 
 
 # ---- Errors
 
 
 class RunpollError(Exception):
-    """The base of all errors, which pickle. `params` are the run's, to resume it by, where it concerns one."""
+    """The base of all errors. They pickle and copy."""
 
-    params: dict[str, str] | None = None
-    _transient = False  # another try may fare better
+    params: dict[str, str] | None = None  # those of the run, where it concerns one
+    transient: bool = False  # whether another try may fare better
 
     def __init__(self, text: str = "", **attributes: Any) -> None:
-        super().__init__(_printable(text))
-        self.__dict__.update(attributes)  # as pickle and copy restore them
+        super().__init__(text)
+        vars(self).update(attributes)
 
 
 class TransportError(RunpollError):
-    """No answer. `sent` is False when no connection was made, so that nothing can have begun."""
+    """No answer: DNS, refused, reset, TLS, timed out. `__cause__` is urllib3's error."""
 
-    sent: bool = True
+    transient = True
+    sent: bool = True  # False when no attempt of the call can have begun anything
 
 
 class ApiError(RunpollError):
-    """An HTTP error, or a redirect, which is never followed. `body` is the first 500 characters."""
+    """An HTTP error, or a redirect, which is never followed."""
 
-    http_status: int
-    error: ErrorInfo
-    body: str
-    request_id: str | None
-    retry_after: float | None
+    http_status: int = 0
+    error: ErrorInfo | None = None  # what the API says of it
+    body: str = ""  # the first 500 characters of the answer
+    request_id: str | None = None  # X-Request-Id, Request-Id or meta.request_id
+    retry_after: float | None = None  # seconds
 
 
 class BadResponse(RunpollError):
-    """An answer that is not the JSON promised, or larger than `max_body`. `body` is the first 500 characters."""
+    """An answer that is not the JSON promised, or larger than `max_body`."""
 
+    transient = True
     http_status: int = 200
-    body: str = ""
-    _transient = True
+    body: str = ""  # the first 500 characters of the answer
 
 
 class PollTimeout(RunpollError, TimeoutError):
-    """`timeout` ran out; what was followed goes on. `state` is the last seen.
+    """`timeout` ran out. The run goes on."""
 
-    Of a batch: `runs` are the params of those unfinished, `states` the last seen of them, `errors` as in BatchError.
-    """
-
-    state: RunState | None = None
-    runs: Sequence[dict[str, str]] = ()
-    states: Sequence[RunState] = ()
-    errors: Sequence[RunpollError] = ()
+    transient = True
+    state: RunState | None = None  # the last one seen
 
 
 class RunFailed(RunpollError):
-    """`state.result()` of a run that failed."""
+    """The result was asked of a run that failed."""
 
-    state: RunState
+    state: RunState | None = None
 
 
 class RunCancelled(RunpollError):
-    """`state.result()` of a run that was cancelled."""
+    """The result was asked of a run that was cancelled."""
 
-    state: RunState
+    state: RunState | None = None
 
 
 class RunNotDone(RunpollError):
-    """`state.result()` of a run that has not ended."""
+    """The result was asked of a run that has not ended."""
 
-    state: RunState
+    state: RunState | None = None
 
 
 class BatchError(RunpollError):
-    """The `errors` of a batch's runs, in their order, each with its `params`."""
+    """Runs of a batch that were not followed to their ends."""
 
-    errors: Sequence[RunpollError] = ()
+    errors: Sequence[RunpollError] = ()  # in the order of the runs, each with its params
 
 
 # ---- States
 
 
 class Phase(str, Enum):
-    """What a status word means: PAUSED waits for a person, UNKNOWN is not in the Api's list."""
+    """What a status word means: PAUSED waits for a person, UNKNOWN is a word not listed."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -162,86 +172,53 @@ class Phase(str, Enum):
 
     @property
     def terminal(self) -> bool:
+        """Whether a run in this phase has ended."""
         return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
 
 
-_PHASES = {word: phase for phase, words in {
-    Phase.PENDING: "pending queued created scheduled submitted accepted enqueued notstarted starting initializing",
-    Phase.RUNNING: "running inprogress processing started active working executing finalizing cancelling canceling",
-    Phase.PAUSED: "paused suspended awaitingreview awaitingapproval awaitinginput requiresaction",
-    Phase.SUCCEEDED: "success succeeded successful completed complete finished done",
-    Phase.FAILED: "failed failure error errored timedout crashed expired",
-    Phase.CANCELLED: "cancelled canceled aborted",
-}.items() for word in words.split()}
-
-
-class _Value:
-    """What dataclass would write for each class anew, at every import."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def __repr__(self) -> str:
-        shown = (f"{part.name}={getattr(self, part.name)!r}" for part in fields(self) if part.repr)
-        return f"{type(self).__qualname__}({', '.join(shown)})"
-
-    def __eq__(self, other: object) -> bool:
-        return self._compared() == other._compared() if isinstance(other, _Value) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._compared())
-
-    def _compared(self) -> tuple[Any, ...]:
-        return type(self), *(getattr(self, part.name) for part in fields(self) if part.compare)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ErrorInfo(_Value):
-    """What an API says of an error; `step` is the step of the run that failed."""
+@dataclass(frozen=True)
+class ErrorInfo:
+    """What an API says of an error."""
 
     message: str
     code: str | None = None
-    step: str | None = None
+    step: str | None = None  # of the run, that failed
     details: Any = None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class RunState(_Value):
-    """One answer about a run, `done` when it has ended, `ok` when it has succeeded.
-
-    `status` is the API's own word, `raw` its whole answer, `params` the handle to store and resume from. `duration`,
-    `retry_after`, `elapsed` (in this iteration) and `eta` are seconds, `progress` is 0.0 to 1.0, timestamps are UTC.
-    `polls` counts the iteration's good answers, `faults` the failed attempts since the last.
-    """
+@dataclass(frozen=True)
+class RunState:
+    """One answer of the API about a run. Timestamps are timezone-aware UTC."""
 
     id: str
-    status: str
+    status: str  # the API's own word, untouched
     phase: Phase
-    output: Any = field(default=None, repr=False)
-    error: ErrorInfo | None = None
+    output: Any = field(default=None, repr=False)  # None until there is one
+    error: ErrorInfo | None = None  # of a run that failed or was cancelled
     created_at: datetime | None = None
     started_at: datetime | None = None
     completed_at: datetime | None = None
-    duration: float | None = None
+    duration: float | None = None  # seconds: the API's own figure, else from the timestamps
     steps_done: int | None = None
     steps_total: int | None = None
-    progress: float | None = None
-    status_url: str | None = None
-    params: dict[str, str] = field(default_factory=dict)
-    raw: Any = field(default=None, repr=False)
-    retry_after: float | None = None
-    polls: int = field(default=0, compare=False)
-    faults: int = field(default=0, compare=False)
-    elapsed: float = field(default=0.0, compare=False)
-    eta: float | None = field(default=None, compare=False)
-
-    __hash__ = None  # type: ignore[assignment]
+    progress: float | None = None  # 0.0 to 1.0: the API's own figure, else from the steps
+    status_url: str | None = None  # as the API gave it; never followed
+    params: dict[str, str] = field(default_factory=dict)  # the handle: plain JSON, to resume from
+    raw: Any = field(default=None, repr=False)  # the whole answer
+    retry_after: float | None = None  # seconds
+    polls: int = field(default=0, compare=False)  # good answers in this iteration
+    faults: int = field(default=0, compare=False)  # failed attempts since the last good answer
+    elapsed: float = field(default=0.0, compare=False)  # seconds since this iteration began
+    eta: float | None = field(default=None, compare=False)  # seconds that seem to be left
 
     @property
     def done(self) -> bool:
+        """Whether the run has ended."""
         return self.phase.terminal
 
     @property
     def ok(self) -> bool:
+        """Whether the run has succeeded."""
         return self.phase is Phase.SUCCEEDED
 
     @overload
@@ -249,39 +226,42 @@ class RunState(_Value):
     @overload
     def result(self, decode: Callable[[Any], _T]) -> _T: ...
     def result(self, decode: Callable[[Any], Any] | None = None) -> Any:
-        """The output of a run that succeeded, through `decode` if given. Raises RunFailed, RunCancelled, RunNotDone."""
+        """The output of a run that succeeded, through `decode` when given.
+
+        Raises RunFailed, RunCancelled or, for a run that has not ended, RunNotDone.
+        """
         if self.ok:
             return self.output if decode is None else decode(self.output)
-        kind = {Phase.FAILED: RunFailed, Phase.CANCELLED: RunCancelled}.get(self.phase, RunNotDone)
-        what = self.phase if self.done else f"has not ended (status {self.status!r}): follow it with iter_status()"
-        said = self.error or ErrorInfo("")
-        parts = (what, _one_line(said.message), said.step and f"step {said.step}", said.code and f"code {said.code}")
-        raise kind(f"run {self.id} {', '.join(filter(None, parts))}", params=self.params, state=self)
+        kind: type[RunpollError] = RunNotDone
+        what = f"has not ended (status {_excerpt(self.status)!r}); follow it with iter_status()"
+        if self.phase is Phase.FAILED:
+            kind, what = RunFailed, "failed"
+        elif self.phase is Phase.CANCELLED:
+            kind, what = RunCancelled, "was cancelled"
+        text = f"run {_excerpt(self.id)} {what}{_told(self.error)}"
+        raise kind(text, params=self.params, state=self)
 
 
-def _but(value: _T, **changes: Any) -> _T:
-    """`dataclasses.replace` at a tenth of its cost."""
-    other = object.__new__(type(value))
-    vars(other).update(vars(value), **changes)
-    return other
+def _told(error: ErrorInfo | None) -> str:
+    """What an API says of the end of a run, for a sentence."""
+    if error is None:
+        return ""
+    step = f", in the step {_excerpt(error.step)!r}" if error.step else ""
+    code = f" (code {_excerpt(error.code)})" if error.code else ""
+    return f": {_excerpt(error.message)}{step}{code}"
 
 
-# ---- Reading JSON: a value of the wrong type is as if absent
+def _excerpt(text: str, length: int = 200) -> str:
+    """The start of the first line of what an API says, fit for one line of ours."""
+    lines = text[: 10 * length].strip().splitlines() or [""]
+    return "".join(char if char.isprintable() else " " for char in lines[0][:length])
 
 
-def _json(content: bytes | str, *_: object) -> Any:
-    import json  # not above: urllib3 does without it, and a cold start is felt
-
-    try:
-        return json.loads(content) if content.strip() else None
-    except (ValueError, RecursionError):
-        raise BadResponse("is not JSON") from None  # the cause would carry the content
+# ---- Reading JSON: what has the wrong type is None, as if it were absent
 
 
-def _dump(value: Any, **options: Any) -> str:
-    import json
-
-    return json.dumps(value, **{"ensure_ascii": False, **options})
+def _anything(value: Any) -> Any:
+    return value
 
 
 def _text(value: Any) -> str | None:
@@ -289,169 +269,280 @@ def _text(value: Any) -> str | None:
 
 
 def _word(value: Any) -> str | None:
-    return _dump(value) if isinstance(value, (int, float)) else _text(value)
+    """A text; of a number or a boolean its JSON."""
+    return json.dumps(value) if isinstance(value, (int, float)) else _text(value)
 
 
-def _number(value: Any, most: float = 1e18) -> float | None:
-    return float(value) if type(value) in (int, float) and 0 <= value <= most else None
+def _number(value: Any) -> int | float | None:
+    """A number of at least 0, as it is; NaN and true are none."""
+    return value if type(value) in (int, float) and value >= 0 else None
+
+
+def _seconds(value: Any) -> float | None:
+    number = _number(value)
+    return float(number) if number is not None and number <= 1e18 else None
 
 
 def _count(value: Any) -> int | None:
-    return int(value) if _number(value) is not None and value % 1 == 0 else None
+    number = _number(value)
+    return int(number) if number is not None and number % 1 == 0 else None
 
 
-_ISO_8601 = (r"(?ai)(\d{4})-?(\d\d)-?(\d\d)(?:[t ](\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)?"
-             r" ?(?:z|([+-](?:[01]\d|2[0-3])):?([0-5]\d)?)?")
+_RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:[.,](\d+))? ?(?:[Zz]|([+-]\d\d):?(\d\d))?", re.ASCII
+)
+_MILLISECONDS_FROM = 1e11  # Unix times from here on are milliseconds: in seconds, the year 5138
 
 
 def _instant(value: Any) -> datetime | None:
-    """ISO 8601, or Unix time in seconds or milliseconds; without an offset it is UTC."""
+    """RFC 3339, or Unix time in seconds or milliseconds; without an offset it is UTC."""
+    if isinstance(value, datetime):  # a callable of the Api's has read it
+        value = value.isoformat()
+    if isinstance(value, str):
+        return _parsed_instant(value)
+    number = _seconds(value)
+    if number is None:
+        return None
     with suppress(ValueError, OverflowError, OSError):
-        value = value.isoformat() if isinstance(value, datetime) else value
-        if isinstance(value, str) and len(value) < 100:
-            return _moment(value)
-        if (number := _number(value)) is not None:
-            return datetime.fromtimestamp(number if number < 1e11 else number / 1000, timezone.utc)
+        seconds = number if number < _MILLISECONDS_FROM else number / 1000
+        return datetime.fromtimestamp(seconds, timezone.utc)
     return None
 
 
-@lru_cache(256)  # most answers of a run bring the same again
-def _moment(text: str) -> datetime | None:
-    if not (found := re.fullmatch(_ISO_8601, text)):
+@lru_cache(maxsize=256)  # most answers of a run bring the same ones again
+def _parsed_instant(text: str) -> datetime | None:
+    found = _RFC_3339.fullmatch(text)
+    if not found:
         return None
-    text = "{}-{}-{}T{}:{}:{}.{:0<6.6}{:+>3}:{}".format(*found.groups("00"))  # the form that Python 3.9 reads, too
-    return datetime.fromisoformat(text).astimezone(timezone.utc)
+    date, clock, fraction, hours, minutes = found.groups()
+    # The form that Python 3.9 reads, too.
+    exact = f"{date}T{clock}.{fraction or '0':0<6.6}{hours or '+00'}:{minutes or '00'}"
+    with suppress(ValueError, OverflowError):
+        return datetime.fromisoformat(exact).astimezone(timezone.utc)
+    return None
+
+
+_MESSAGES = ["message", "detail", "description", "error_description", "error_message", "title"]
+_NESTINGS = ["error", "errors", "detail"]
+
+
+def _error_info(value: Any) -> ErrorInfo | None:
+    """What an API says of an error, in whichever form; what is empty is no error."""
+    if not value or isinstance(value, ErrorInfo):
+        return value or None
+    if isinstance(value, str):
+        return ErrorInfo(value) if value.strip() else None
+    if isinstance(value, list):
+        infos = [info for info in map(_error_info, value) if info]
+        return ErrorInfo("; ".join(info.message for info in infos)) if infos else None
+    info = _error_in(value) if isinstance(value, dict) else None
+    return info or ErrorInfo(json.dumps(value, ensure_ascii=False))
+
+
+def _error_in(body: dict[str, Any]) -> ErrorInfo | None:
+    """The error in an object that says what happened; None where it says nothing."""
+    texts = [ErrorInfo(body[name]) for name in _MESSAGES if _text(body.get(name))]
+    info = texts[0] if texts else None
+    for name in _NESTINGS:
+        info = info or _error_info(body.get(name))
+    if info is None:
+        return None
+    return ErrorInfo(
+        info.message,
+        info.code or _word(body.get("code")),
+        info.step or _text(body.get("step")),
+        body.get("details") if info.details is None else info.details,
+    )
+
+
+def _parsed_json(text: str) -> Any:
+    """The JSON value, None for an empty text."""
+    if not text or text.isspace():
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadResponse("the answer is not JSON") from None  # the cause carries the document
+
+
+def _lowered(headers: Mapping[str, str] | None) -> dict[str, str]:
+    return {name.lower(): value for name, value in (headers or {}).items()}
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """A positive Retry-After (RFC 9110 section 10.2.3) in seconds, else None."""
-    with suppress(LookupError, TypeError, ValueError, OverflowError):
-        text = headers["Retry-After"].strip()
-        if re.fullmatch(r"\d{1,300}(\.\d+)?", text):
-            return float(text) or None
-        if date := _instant(email.utils.parsedate_to_datetime(text)):
-            return max(date.timestamp() - time.time(), 0.0) or None
+    """The seconds of a Retry-After (RFC 9110 section 10.2.3), by lower-case headers.
+
+    A date counts from the answer's own Date, so that the clock of this machine does not matter.
+    What is 0, past or unreadable is None.
+    """
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]{1,300}(\.[0-9]+)?", value):
+        return float(value) or None
+    until, answered = _http_date(value), _http_date(headers.get("date", ""))
+    if until is None:
+        return None
+    seconds = until - (time.time() if answered is None else answered)
+    return seconds if seconds > 0 else None
+
+
+def _http_date(value: str) -> float | None:
+    """An HTTP date as Unix time; without a zone it is GMT (RFC 9110 section 5.6.7)."""
+    with suppress(TypeError, ValueError, IndexError, OverflowError):
+        date = email.utils.parsedate_to_datetime(value)
+        return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
     return None
-
-
-def _error_info(said: Any) -> ErrorInfo | None:
-    """An error in whichever of the usual forms."""
-    said = {"detail": said} if isinstance(said, list) else said
-    while isinstance(said, dict) and not _text(said.get("message")) and (
-            inner := [part for part in map(said.get, ("error", "detail")) if isinstance(part, dict)]):
-        said = inner[0]
-    if not isinstance(said, dict):
-        return said if isinstance(said, ErrorInfo) else ErrorInfo(said) if _text(said) else None
-    more = [said.get(name) for name in ("detail", "errors", "error")]
-    listed = "; ".join(_fault(fault) for part in more if isinstance(part, list) for fault in part)
-    texts = (*map(said.get, ("message", "detail", "description", "title", "error")), listed, *said.values())
-    message: Any = next(filter(_text, texts), "no text")
-    code = _word(said.get("code")) or (_text(said.get("error")) if said.get("error") != message else None)
-    details = said.get("details") or next((part for part in more if part not in (None, message, code)), None)
-    return ErrorInfo(message, code, _text(said.get("step")), details)
-
-
-def _fault(fault: Any) -> str:
-    """What a validation says, like {"loc": ["body", "text"], "msg": "field required"}."""
-    if not isinstance(fault, dict):
-        return _text(fault) or ""
-    where = fault.get("loc")
-    where = ".".join(map(str, where)) if isinstance(where, list) else where
-    return ": ".join(str(part) for part in (where, fault.get("msg") or fault.get("message")) if part)
-
-
-def _one_line(text: str) -> str:
-    """The first line that is not blank, of at most 200 characters."""
-    return _printable(next(filter(None, map(str.strip, text.splitlines())), ""))[:200]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def _unescaped(text: str) -> str:
-    """JSON's escapes as what they stand for."""
-    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", lambda found: chr(int(found[1], 16)) if found[1] else found[2], text)
 
 
 # ---- How an API speaks
 
 
-_PARAMETER = re.compile(r"\\?\{\\?(\+?)([^\W\d]\w*)\\?\}")  # of a template, as it is or through re.escape
+_USUAL_WORDS = {
+    Phase.PENDING: """pending queued in_queue created scheduled submitted accepted enqueued
+        not_started starting initializing validating preparing provisioning""",
+    Phase.RUNNING: """running in_progress processing started active working executing retrying
+        finalizing stopping cancelling canceling""",
+    Phase.PAUSED: """paused suspended awaiting_review awaiting_approval awaiting_input
+        requires_action""",
+    Phase.SUCCEEDED: "success succeeded successful completed complete finished done",
+    Phase.FAILED: "failed failure error errored timed_out crashed expired rejected",
+    Phase.CANCELLED: "cancelled canceled aborted",
+}
 
-
-class _Path:
-    """A path template with its method, like "DELETE /jobs/{run_id}"."""
-
-    def __init__(self, template: str, method: str = "POST") -> None:
-        names = [name for _, name in _PARAMETER.findall(template)]
-        self.names = set(names)
-        if len(names) > len(self.names) or not re.fullmatch("(([A-Za-z]+ )?/[^{} ]*)?", _PARAMETER.sub("x", template)):
-            raise ValueError(f"a path template is like '/jobs/{{run_id}}', each parameter once, not like {template!r}")
-        named, _, self.path = template.rpartition(" ")
-        self.method = (named or method).upper()
-
-    def fill(self, params: Mapping[str, Any]) -> str:
-        """The path, each value encoded whole, so that it cannot change the rest."""
-        if params.keys() != self.names:
-            raise TypeError(f"{self.path!r} takes the parameters {sorted(self.names)}, not {sorted(params)}")
-
-        def encoded(found: re.Match[str]) -> str:
-            value = quote(str(_typed(f"path parameter {found[2]}", params[found[2]], str, int)), safe=found[1] and "/")
-            if not {"", ".", ".."}.isdisjoint(value.split("/")):
-                raise ValueError(f"path parameter {found[2]} may have no empty, '.' or '..' segment: {value!r}")
-            return value
-
-        return _PARAMETER.sub(encoded, self.path)
-
-
-def _typed(name: str, value: Any, *kinds: Any) -> Any:
-    if not isinstance(value, kinds):
-        raise TypeError(f"{name} has to be {' or '.join(kind.__name__ for kind in kinds)}, not {type(value).__name__}")
-    return value
-
-
-def _checked(name: str, value: Any, least: float = 0.0, most: float = inf) -> Any:
-    if not least <= _typed(name, value, float, int) <= most:
-        raise ValueError(f"{name} has to be from {least:g} to {most:g}, not {value!r}")
-    return value
-
-
-_Run = Union[str, Mapping[str, Any], RunState]
-_Field = Union[str, Sequence[str], Callable[[Any], Any]]
-
-# RunState field -> its converter, and its usual names, which _spelled adds to.
-_FIELDS: dict[str, tuple[Any, str]] = {
+# RunState field -> what reads it, and where it usually stands, in snake_case and in camelCase.
+_USUAL_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "id": (_word, "run_id id execution_id job_id task_id"),
     "status": (_word, "status state"),
-    "output": (lambda value: value, "output outputs result results"),
-    "error": (_error_info, "error error_message"),
+    "output": (_anything, "output outputs result results"),
+    "error": (_error_info, "error errors error_message"),
     "created_at": (_instant, "created_at created submitted_at"),
     "started_at": (_instant, "started_at start_time"),
     "completed_at": (_instant, "completed_at finished_at ended_at end_time"),
-    "duration": (_number, "duration_seconds"),
+    "duration": (_seconds, "duration_seconds"),
     "steps_done": (_count, "steps_done steps_completed completed_steps finished_steps"),
     "steps_total": (_count, "steps_total total_steps"),
-    "progress": (partial(_number, most=1), "progress"),
+    "progress": (_number, "progress"),
     "status_url": (_text, "status_url"),
 }
 
+_Field = Union[str, Sequence[str], Callable[[Any], Any]]
+_Run = Union[str, Mapping[str, Any], RunState]
+_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError)  # out of a caller's own reader
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Api(_Value):
-    """How one API speaks. `Api(base_url="https://api.example.com", status="/jobs/{run_id}")` drives an ordinary one.
+
+def _normalized(word: str) -> str:
+    """Timed-Out, TIMED_OUT and timedOut are one word; a number is kept with its sign."""
+    if re.fullmatch(r"[+-]?\d+(\.\d+)?", word):
+        return word
+    return "".join(filter(str.isalnum, word)).lower() or word
+
+
+_USUAL_PHASES = {
+    _normalized(word): phase for phase, words in _USUAL_WORDS.items() for word in words.split()
+}
+
+
+def _split_paths(paths: str | Sequence[str]) -> list[list[str]]:
+    """Dotted paths as lists of keys."""
+    return [path.split(".") for path in ([paths] if isinstance(paths, str) else paths)]
+
+
+def _camel_case(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(map(str.capitalize, others))
+
+
+_USUAL_PLACES = {
+    name: _split_paths([way for usual in names.split() for way in (usual, _camel_case(usual))])
+    for name, (_, names) in _USUAL_FIELDS.items()
+}
+
+
+def _first_value(body: Any, paths: list[list[str]], read: Callable[[Any], Any]) -> Any:
+    """The first value at one of the paths that `read` takes, as it reads it; else None."""
+    for path in paths:
+        value = body
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            value = read(value)
+            if value is not None:
+                return value
+    return None
+
+
+_PARAMETER = re.compile(r"\{(\w+)\}")
+_DOTS = {".", ".."}  # as a segment they change the path (RFC 3986 section 5.2.4)
+
+
+class _PathTemplate:
+    """A path with parameters, perhaps behind its method: "DELETE /jobs/{run_id}"."""
+
+    def __init__(self, template: str, method: str) -> None:
+        given, _, self.path = template.rpartition(" ")
+        self.method = (given or method).upper()
+        self.names: list[str] = _PARAMETER.findall(self.path)
+        plain = re.fullmatch(r"/[^{}\s]*", _PARAMETER.sub("x", self.path))
+        if not plain or not self.method.isalpha() or len(self.names) > len(set(self.names)):
+            raise ValueError(
+                f"a path template is like '/jobs/{{run_id}}' or 'DELETE /jobs/{{run_id}}', "
+                f"each parameter once, not like {template!r}"
+            )
+
+    def fill(self, params: Mapping[str, Any]) -> str:
+        """The path; each value is encoded whole, so that it cannot change the rest."""
+        if sorted(params) != sorted(self.names):
+            raise TypeError(f"{self.path!r} takes {self.names}, not {sorted(params)}")
+        return _PARAMETER.sub(lambda found: _encoded(found[1], params[found[1]]), self.path)
+
+    def match(self, url: str) -> dict[str, str] | None:
+        """The parameters of a URL that ends in this path; None where it does not.
+
+        Neither the origin nor a trailing slash matters, nor a query that has no parameter here.
+        """
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            return None
+        path, _, query = self.path.partition("?")
+        target = parts.path
+        if "{" in query:
+            path, target = self.path, f"{parts.path}?{parts.query}"
+        pieces = map(re.escape, _PARAMETER.split(path.strip("/"))[::2])
+        found = re.fullmatch(r"(?:.*/)?" + r"([^/?&]+)".join(pieces) + r"(?:/*|&.*)", target)
+        values = [unquote(value) for value in found.groups()] if found else []
+        return dict(zip(self.names, values)) if values and not _DOTS.intersection(values) else None
+
+
+def _encoded(name: str, value: Any) -> str:
+    """The value of a path parameter, percent-encoded."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"path parameter {name!r} has to be a str, not {type(value).__name__}")
+    if value == "" or value in _DOTS:
+        raise ValueError(f"path parameter {name!r} may not be {value!r}")
+    return quote(str(value), safe="")
+
+
+@dataclass(frozen=True)
+class Api:
+    """How one API speaks.
+
+    `Api(base_url="https://api.example.com", status="/jobs/{run_id}")` drives an ordinary one.
 
     Args:
         base_url: scheme, host and an optional path prefix.
-        status: path template with `{run_id}`; `{+name}` keeps the slashes of a value (RFC 6570).
-        start, cancel: path templates, "" for none; POST, unless one begins otherwise: "DELETE /jobs/{run_id}".
-        root: dotted path to the object that holds the run.
-        fields: RunState field -> a dotted path under `root`, a tuple of them (the first that is there), or a callable of
-            that object. Others stand under their usual names.
-        phases: status word -> Phase; only letters and digits count, in any case. Others mean the usual.
-        auth_header, auth_scheme: where the key goes; an empty scheme sends it bare.
-        idempotency: where a start's idempotency key goes: "header:NAME", "body:NAME", or "".
-        hold: from a start's body, the seconds for which the server may hold its connection.
+        status: path template of the status request; it has to name `{run_id}`.
+        start, cancel: path templates, "" where the API has none. POST, unless the template begins
+            with another method: "DELETE /jobs/{run_id}".
+        root: dotted path to the object that holds the run, "" for the body itself.
+        fields: RunState field -> where it stands: a dotted path under `root`, a tuple of them (the
+            first that holds a value of the right type), or a callable of that object. What is left
+            out keeps the usual names.
+        phases: status word -> Phase, or its word. Only letters and digits count, in any case. What
+            is left out keeps the usual words.
+        auth_header, auth_scheme: where the key goes; an empty scheme sends the bare key.
+        answer_statuses: HTTP statuses besides 2xx whose answer to a start or a poll may be a state.
+
+    Raises ValueError for a template, a field or a phase that cannot be.
     """
 
     base_url: str
@@ -463,151 +554,183 @@ class Api(_Value):
     phases: Mapping[str, Phase | str] = field(default_factory=dict)
     auth_header: str = "Authorization"
     auth_scheme: str = "Bearer"
-    idempotency: str = ""
-    hold: Callable[[Any], float] | None = None
-    _paths: ClassVar[tuple[_Path, _Path, _Path]]
-    _phases: ClassVar[dict[str, Phase]]
-    _places: ClassVar[dict[str, Any]]
-    _root: ClassVar[list[list[str]]]
-
-    def __hash__(self) -> int:
-        return hash((self.base_url, self.start, self.status))
+    answer_statuses: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        _base_url(self.base_url)
-        start, status, cancel = paths = _Path(self.start), _Path(self.status, "GET"), _Path(self.cancel)
-        for wrong, rule in (
-            (dict(self.fields).keys() - _FIELDS.keys(), f"fields may only name {', '.join(_FIELDS)}"),
-            ({"run_id"} - status.names, "the status template has to name {run_id}"),
-            (cancel.names - status.names, "the cancel template may only name what the status template names"),
-            (start.names & {"self", "body", "request_timeout", "headers", "idempotency_key"},
-             "a start parameter may not be named like an argument of Session.start"),
-        ):
-            if wrong:
-                raise ValueError(f"{rule}: {', '.join(sorted(wrong))}")
-        place, _, name = str.partition(self.idempotency, ":")
-        if self.idempotency and (place not in ("header", "body") or name.split() != [name]):
-            raise ValueError(f"idempotency is 'header:NAME' or 'body:NAME', not {self.idempotency!r}")
-        vars(self).update(
-            _paths=paths,
-            _phases={**_PHASES, **{_bare(word): Phase(phase) for word, phase in dict(self.phases).items()}},
-            _places={**_USUAL, **{name: _place(where) for name, where in self.fields.items()}},
-            _root=_place(self.root) if self.root else [[]])
+        _parsed_base_url(self.base_url)
+        unknown = sorted(self.fields.keys() - _USUAL_FIELDS.keys())
+        if unknown:
+            raise ValueError(f"fields names {unknown}; it may name {', '.join(_USUAL_FIELDS)}")
+        if "run_id" not in self._paths["status"].names:
+            raise ValueError(f"the status template has to name {{run_id}}: {self.status!r}")
+        if self.cancel and set(self._paths["cancel"].names) - set(self._paths["status"].names):
+            raise ValueError("the cancel template has a parameter that the status template lacks")
+        _ = self._phases, self._places  # what cannot be is refused here
 
-    def read_state(self, body: Any, params: Mapping[str, str] | None = None,
-                   headers: Mapping[str, str] | None = None, http_status: int = 200) -> RunState:
-        """The state in a parsed JSON answer, a webhook's too; a BadResponse without an id or a status.
+    @cached_property
+    def _paths(self) -> dict[str, _PathTemplate]:
+        templates = {"start": self.start, "status": self.status, "cancel": self.cancel}
+        return {
+            name: _PathTemplate(template, "GET" if name == "status" else "POST")
+            for name, template in templates.items()
+            if template or name == "status"
+        }
 
-        A subclass overrides it for an API that no table can express: every success answer to a start and a poll comes
-        here, None for an empty one. `params` are those that were asked with (a start's lack `run_id`), None for the id
-        alone; `headers` compare in any case.
+    @cached_property
+    def _phases(self) -> dict[str, Phase]:
+        own = {_normalized(word): Phase(phase) for word, phase in self.phases.items()}
+        return {**_USUAL_PHASES, **own}
+
+    @cached_property
+    def _places(self) -> dict[str, Any]:
+        """RunState field -> its paths, split, or its callable."""
+        places: dict[str, Any] = dict(_USUAL_PLACES)
+        for name, place in self.fields.items():
+            places[name] = place if callable(place) else _split_paths(place)
+        return places
+
+    def read_state(
+        self,
+        body: Any,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        http_status: int = 200,
+    ) -> RunState:
+        """The state of a run in one parsed JSON answer, a webhook's body too.
+
+        A subclass overrides it for an API that no table can express: it is called for every
+        success answer to a start and a poll.
+
+        Args:
+            body: the parsed JSON, None for an empty answer.
+            params: the path parameters that are known; those of a start lack `run_id`.
+            headers: the answer's, which compare without regard to case.
+            http_status: outside 2xx, only an answer that names the run itself, with a word that
+                the Api lists, is a state.
+
+        Raises:
+            BadResponse: the answer names no run, or has no status of the run that was asked for.
         """
-        headers = headers if isinstance(headers, HTTPHeaderDict) else HTTPHeaderDict(dict(headers or {}))
-        asked: dict[str, Any] = dict(params or {})
-        starts = params is not None and "run_id" not in asked
-        run = _first(body, self._root)
-        known: dict[str, Any] = {"http_status": http_status, "params": None if starts else params}
-        with _readable("a field of the Api", **known):
-            found = {name: _first(run, place, _FIELDS[name][0]) for name, place in self._places.items()}
-        if starts and not found["id"] and "Location" in headers:
-            with suppress(ValueError):  # it leads elsewhere
-                path = _PARAMETER.sub(lambda name: quote(str(asked.get(name[2], name[0])), safe="/{}"), self._paths[0].path)
-                asked.update(self._from_url(urljoin(self.base_url + path, headers["Location"])))
-        for name, other in (("id", asked.get("run_id")), ("status", "" if starts else None)):
-            found[name] = found[name] or other
-            if found[name] is None:
-                raise BadResponse(f"has no {name} of a run", **known)
-        phase = self._phases.get(_bare(found["status"]), Phase.UNKNOWN) if found["status"] else Phase.PENDING
-        found["error"] = found["error"] if phase in (Phase.FAILED, Phase.CANCELLED) else None
-        if found["progress"] is None and found["steps_total"] and found["steps_done"] is not None:
-            found["progress"] = min(found["steps_done"] / found["steps_total"], 1.0)
-        begun, ended = found["started_at"] or found["created_at"], found["completed_at"]
-        if found["duration"] is None and begun and ended and ended >= begun:
-            found["duration"] = (ended - begun).total_seconds()
-        asked.setdefault("run_id", found["id"])
-        return RunState(**found, phase=phase, params=asked, raw=body, retry_after=_retry_after(headers))
+        lowered = _lowered(headers)
+        found = self._found(body)
+        params = params or {}
+        asked = "run_id" in params
+        known: dict[str, Any] = {
+            name: params[name] for name in self._paths["status"].names if name in params
+        }
+        if found["id"] is None and not asked:
+            known = self._params_from_location(known, lowered.get("location"), body)
+        run_id = known.setdefault("run_id", found["id"])
+        phase = self._phase(found["status"])
+        # An error answer may be a state all the same, but a gateway's {"status": "error"} is not.
+        listed = found["status"] is not None and phase is not Phase.UNKNOWN
+        is_state = 200 <= http_status < 300 or (listed and found["id"] == run_id)
+        if not is_state or (asked and found["status"] is None):
+            text = f"the answer has no status of the run{_said(body)}"
+            raise BadResponse(text, params=known, http_status=http_status)
+        found["id"] = found["id"] or run_id
+        found["status"] = found["status"] or ""
+        if phase not in (Phase.FAILED, Phase.CANCELLED):
+            found["error"] = None
+        found["duration"] = _duration(found)
+        found["progress"] = _progress(found, phase)
+        after = _retry_after(lowered)
+        return RunState(**found, phase=phase, params=known, raw=body, retry_after=after)
+
+    def _found(self, body: Any) -> dict[str, Any]:
+        """Each field of the run in a body, None where it is not."""
+        run = _first_value(body, _split_paths(self.root), _anything) if self.root else body
+        found: dict[str, Any] = {}
+        for name, place in self._places.items():
+            read = _USUAL_FIELDS[name][0]
+            if not callable(place):
+                found[name] = _first_value(run, place, read)
+                continue
+            found[name] = None
+            with suppress(*_UNREADABLE):
+                found[name] = read(place(run))
+        return found
+
+    def _phase(self, status: str | None) -> Phase:
+        if status is None:
+            return Phase.PENDING  # a start that says no more than which run it began
+        return self._phases.get(status) or self._phases.get(_normalized(status), Phase.UNKNOWN)
+
+    def _params_from_location(
+        self, known: dict[str, str], location: str | None, body: Any
+    ) -> dict[str, str]:
+        """The parameters of a run that an answer names by its Location alone."""
+        if location is None:
+            raise BadResponse(f"the answer has no id of a run{_said(body)}")
+        found = self._paths["status"].match(location)
+        if found is None or any(found[name] != value for name, value in known.items()):
+            raise BadResponse(
+                f"the answer has no id of a run, and its Location {_without_query(location)} does "
+                f"not end as {self.status!r}{_said(body)}"
+            )
+        return found
 
     def _handle(self, run: _Run) -> dict[str, str]:
-        """The path parameters of a run, however it is named."""
+        """The status parameters of a run: of an id, a status URL, a mapping or a RunState."""
+        params: Any = run.params if isinstance(run, RunState) else run
         if isinstance(run, str):
-            run = self._from_url(run) if run.startswith(("http://", "https://")) else {"run_id": run}
-        params = run.params if isinstance(run, RunState) else _typed("a run", run, str, Mapping, RunState)
-        self._paths[1].fill(params)
+            params = self._paths["status"].match(run) if "://" in run else {"run_id": run}
+            if params is None:
+                raise ValueError(f"the status URL does not end as {self.status!r}")
+        if not isinstance(params, Mapping):
+            raise TypeError(f"a run is a str, a mapping or a RunState, not {type(run).__name__}")
+        self._paths["status"].fill(params)
         return {name: str(value) for name, value in params.items()}
 
-    def _from_url(self, url: str) -> dict[str, str]:
-        base, given, path = _base_url(self.base_url), parse_url(url), self._paths[1].path
-        pattern = re.escape(_origin(base) + (base.path or "").rstrip("/") + path)
-        pattern = _PARAMETER.sub(lambda name: f"(?P<{name[2]}>[^?&{'' if name[1] else '/'}]+)", pattern)
-        found = re.fullmatch(pattern, _origin(given) + (given.request_uri if "?" in path else given.path or ""))
-        if not found or given.auth or "{" in url:
-            raise ValueError(f"the status URL does not fit {self.base_url + path!r}")
-        return self._handle({name: unquote(value) for name, value in found.groupdict().items()})
 
-
-@contextmanager
-def _readable(where: str, **known: Any) -> Generator[None, None, None]:
-    """Code that is not ours reads an answer here."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise BadResponse(f"could not be read ({type(error).__name__} in {where})", **known) from error
-
-
-def _place(where: _Field) -> Any:
-    """A callable, or dotted paths, split."""
-    return where if callable(where) else [str.split(path, ".") for path in ([where] if isinstance(where, str) else where)]
-
-
-def _spelled(names: str) -> list[str]:
-    """created_at is createdAt, too."""
-    both = ((name, name[0] + name.title().replace("_", "")[1:]) for name in names.split())
-    return list(dict.fromkeys(itertools.chain(*both)))
-
-
-_USUAL = {name: _place(_spelled(usual)) for name, (_, usual) in _FIELDS.items()}
-
-
-def _first(body: Any, place: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
-    """The first value at `place` that `convert` takes, else None."""
-    if callable(place):
-        return convert(place(body))
-    for path in place:
-        value = body
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None and (value := convert(value)) is not None:
-            return value
-    return None
-
-
-def _bare(word: str) -> str:
-    """Timed-Out, TIMED_OUT and timedOut are one word."""
-    return "".join(filter(str.isalnum, word)).lower()
-
-
-def _base_url(url: str) -> Url:
+def _parsed_base_url(url: str) -> Url:
     base = parse_url(url)
-    if base.scheme not in ("http", "https") or not base.host or base.auth or base.query or base.fragment:
-        raise ValueError("base_url is http(s)://HOST[:PORT][/PREFIX], without user, query or fragment")
+    if base.scheme not in ("http", "https") or not base.host:
+        raise ValueError(f"a base_url begins with https:// (or http://) and a host, not as {url!r}")
+    if base.auth or base.query or base.fragment:
+        raise ValueError("a base_url has no user, query or fragment")
     return base
 
 
-def _origin(url: Url) -> str:
-    return f"{url.scheme}://{url.host}:{url.port or (443 if url.scheme == 'https' else 80)}"
+def _without_query(url: str) -> str:
+    return _excerpt(url.partition("?")[0])
+
+
+def _said(body: Any) -> str:
+    """What an answer that should have been a state says of an error, for a sentence."""
+    error = _error_in(body) if isinstance(body, dict) else None
+    return f"; it says: {_excerpt(error.message)}" if error else ""
+
+
+def _duration(found: dict[str, Any]) -> float | None:
+    """The API's own figure in seconds, else from the timestamps."""
+    duration: float | None = found["duration"]
+    begun, ended = found["started_at"] or found["created_at"], found["completed_at"]
+    if duration is None and begun and ended and ended >= begun:
+        duration = (ended - begun).total_seconds()
+    return duration
+
+
+def _progress(found: dict[str, Any], phase: Phase) -> float | None:
+    """The API's own figure as a share, else from the steps."""
+    figure, done, total = found["progress"], found["steps_done"], found["steps_total"]
+    if figure is None:
+        if done is None or not total:
+            return None
+        return 1.0 if done >= total else float(done / total)
+    if isinstance(figure, float) and figure <= 1.0:
+        return figure
+    if figure >= 100 or (figure == 1 and phase is Phase.SUCCEEDED):
+        return 1.0  # what has ended well is not at 1 %
+    return float(figure / 100)
 
 
 # ---- The built-in APIs, as their documents describe them
 
 
-def _scaled(units: float, place: Any, body: Any) -> Any:
-    """A number that is in another unit."""
-    return _first(body, place, lambda value: _number(value) and value / units)
-
-
-def _held(switch: str, on: object, milliseconds: str, usual: float, body: Any) -> float:
-    """For how many seconds a start is held whose body has `on` at `switch`."""
-    return (_scaled(1000, _place(milliseconds), body) or usual) if _first(body, _place(switch)) == on else 0.0
+def _doclo_duration(run: Any) -> Any:
+    """Seconds; both figures of Doclo are milliseconds."""
+    return (run.get("duration") or run["metrics"]["durationMs"]) / 1000
 
 
 RAPIDFOLIO = Api(
@@ -615,8 +738,8 @@ RAPIDFOLIO = Api(
     start="/v1/procedures/{procedure_id}/{environment}",
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
-    phases={"timeout": Phase.RUNNING},  # of a synchronous start that the server holds no longer
-    hold=partial(_held, "control.executionMode", "sync", "control.executionTimeout", 60.0),
+    phases={"timeout": Phase.RUNNING},  # a synchronous start that is held no longer goes on
+    answer_statuses=(504,),
 )
 DOCLO = Api(
     base_url="https://app.doclo.ai/api/v1",
@@ -624,15 +747,18 @@ DOCLO = Api(
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
     fields={
-        "duration": partial(_scaled, 1000, _place(["duration", "metrics.durationMs"])),
+        "duration": _doclo_duration,
         "steps_done": "metrics.stepsRun",
         "steps_total": "metrics.stepsTotal",
-        "progress": partial(_scaled, 100, _place("progress.percentage")),
+        "progress": "progress.percentage",
     },
-    idempotency="body:idempotencyKey",
-    hold=partial(_held, "wait", True, "timeout", 30.0),
 )
-DIBBY = Api(base_url="https://dibby.ai/api", start="/runs", status="/runs/{run_id}", fields={"steps_total": "steps"})
+DIBBY = Api(
+    base_url="https://dibby.ai/api",
+    start="/runs",
+    status="/runs/{run_id}",
+    fields={"steps_total": "steps"},
+)
 ONEPIN = Api(
     base_url="https://api.onepin.ai",
     start="/api/v1/workflows/{workflow_id}/runs",
@@ -642,227 +768,525 @@ ONEPIN = Api(
 )
 
 
-# ---- The wire
+# ---- The wire: one request, one answer. It knows nothing of JSON, runs and keys.
 
 
-def _left(end: float) -> float:
-    """The seconds until `end`; a timeout when there are none."""
-    seconds = end - time.monotonic()
-    if seconds <= 0:
-        raise socket.timeout("timed out")
-    return seconds
+_IDLE_LIMIT = 15.0  # seconds; what is idle for longer, servers and middleboxes close unseen
+_CHUNK = 2**16  # bytes of an answer that are read at once
+_PACKED_CHUNK = 2**14  # and of a gzipped one, which may unpack to a thousand times as many
+_ONE_ATTEMPT = urllib3.Retry(False, redirect=False)
+_NO_ANSWER = (exceptions.HTTPError, http.client.HTTPException, OSError)
+_LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
 
 
-class _Receiver(socket.SocketIO):
-    """All receives share the socket's timeout; http.client would allow it to each."""
+class _DeadlineReader(io.RawIOBase):
+    """Reads a socket until one deadline for all receives; the socket's own timeout is for each."""
 
-    _sock: socket.socket
-    end: float
+    def __init__(self, sock: socket.socket, file: io.RawIOBase) -> None:
+        self._sock, self._file = sock, file
+        self._deadline = time.monotonic() + (sock.gettimeout() or 0.0)
 
-    def readinto(self, b: Any) -> int | None:
-        self._sock.settimeout(_left(self.end))
-        return super().readinto(b)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(seconds)
+        return self._file.readinto(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
-class _Response(http.client.HTTPResponse):
+class _BoundedResponse(http.client.HTTPResponse):
+    """An answer whose headers and body share the time that the socket has when it is awaited."""
+
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        receiver: Any = self.fp.raw  # the socket counts its files, so this one changes and no other is made
-        receiver.__class__, receiver.end = _Receiver, time.monotonic() + (sock.gettimeout() or 0.0)
-
-    def begin(self) -> None:
-        """Drops what is no header, which urllib3 would log."""
-        super().begin()
-        self.msg.defects.clear()
-        self.msg.set_payload("")
-
-    def _read_status(self) -> tuple[str, int, str]:
-        """Passes over every interim answer (RFC 9110 section 15.2), not the 100 alone."""
-        version, status, reason = super()._read_status()  # type: ignore[misc]
-        return version, 100 if 100 < status < 200 else status, reason
+        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp.detach()))
 
 
-class _HTTP(HTTPConnection):
-    response_class = _Response
-    used_at = -inf
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        self.used_at = time.monotonic()
-        if self.sock:
-            self.sock.settimeout(self.timeout)  # urllib3 1.26.0 would send under what the last attempt left
-        super().request(*args, **kwargs)
+class _HTTPConnection(HTTPConnection):
+    response_class = _BoundedResponse
+    idle_since = math.inf
 
     def connect(self) -> None:
-        """Until a proxy's CONNECT and TLS are through, no connection was made."""
+        """Connect; what fails until the proxy and TLS are through has not sent the request."""
         try:
             super().connect()
-            self.timeout = _left(self._end)
         except ssl.CertificateError:
             raise
-        except (OSError, UnicodeError, http.client.HTTPException) as error:
-            raise NewConnectionError(self, str(error)) from error.with_traceback(None)
+        except (OSError, http.client.HTTPException) as error:
+            raise exceptions.NewConnectionError(self, str(error)) from error
 
-    def _new_conn(self) -> socket.socket:
-        """A host's addresses share the timeout, and TLS has what they leave of it."""
-        self._end = time.monotonic() + (self.timeout or 0.0)
-        addresses = [found[4][0] for found in socket.getaddrinfo(self._dns_host.strip("[]"), self.port, 0, socket.SOCK_STREAM)]
-        while True:
-            address = str(addresses.pop(0)), self.port
-            with suppress(*([OSError] if addresses else [])):
-                sock = create_connection(address, _left(self._end) / (len(addresses) + 1), self.source_address, self.socket_options)
-                sock.settimeout(_left(self._end))
-                return sock
-
-    def _tunnel(self) -> None:
-        self.sock.settimeout(_left(self._end))
-        super()._tunnel()
-        self.sock.settimeout(_left(self._end))
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        """Send a request, not under what the last answer left of its time."""
+        if self.sock:
+            self.sock.settimeout(self.timeout)
+        super().request(*args, **kwargs)
 
 
-class _HTTPS(_HTTP, HTTPSConnection):
+class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
     pass
 
 
-class _Total(urllib3.Timeout):
-    """One clock for all of an attempt; urllib3 would start another after a proxy's CONNECT."""
+class _HTTPPool(HTTPConnectionPool):
+    """Lends no connection that has been idle for long: it may be dead without our knowing."""
 
-    def clone(self) -> _Total:
+    ConnectionCls: Any = _HTTPConnection
+
+    def _put_conn(self, conn: Any) -> None:
+        if conn:
+            conn.idle_since = time.monotonic()
+        super()._put_conn(conn)
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        conn: Any = super()._get_conn(timeout)
+        if time.monotonic() - conn.idle_since <= _IDLE_LIMIT:
+            return conn
+        conn.close()
+        return self._get_conn(timeout)
+
+
+class _HTTPSPool(_HTTPPool, HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+class _AttemptTimeout(urllib3.Timeout):
+    """One clock for a whole attempt: urllib3 would start another after a proxy's CONNECT."""
+
+    def __init__(self, *, connect: float, total: float) -> None:
+        super().__init__(connect=connect, total=total)
+        self._start = super().start_connect()
+
+    def clone(self) -> _AttemptTimeout:
         return self
 
-    @property
-    def connect_timeout(self) -> Any:
-        return self.read_timeout or 0.001
-
     def start_connect(self) -> float:
-        return self._start_connect or super().start_connect()
+        return self._start
 
 
-_ONCE = urllib3.Retry(False, redirect=False)
-_NO_ANSWER = (HTTPError, http.client.HTTPException, OSError)
-_LATER = "try again later"
-_ADVICE = {401: "check the API key", 404: "check the id, the base_url and whose key it is", 408: _LATER, 429: "ask less often",
-           3: "redirects are never followed: is that the base_url to use?", 4: "unchanged it will fail again"}
+class _Answer(NamedTuple):
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    body: bytes
+    complete: bool  # False where the body is larger than max_body
 
 
-def _proxy(base: Url) -> Url | None:
-    """The proxy that the environment names for a URL."""
-    if any(name.lower().endswith("_proxy") for name in os.environ):
-        from urllib.request import getproxies, proxy_bypass  # as costly to import as all the rest
+class _Wire:
+    """Sends requests to one origin, perhaps through a proxy."""
 
-        url = getproxies().get(base.scheme or "")
-        if url and not proxy_bypass(base.netloc or ""):
-            return parse_url(url if "://" in url else f"http://{url}")
-    return None
+    def __init__(
+        self, base: Url, proxy: Url | None, ssl_context: ssl.SSLContext | None, max_body: int
+    ) -> None:
+        options: dict[str, Any] = {"maxsize": 0}  # keeps every connection
+        if ssl_context:
+            options["ssl_context"] = ssl_context
+        origin = f"{base.scheme}://{base.netloc}"
+        self._prefix = (base.path or "").rstrip("/")
+        self._max_body = max_body
+        manager = urllib3.PoolManager(**options)
+        if proxy:
+            auth = make_headers(proxy_basic_auth=unquote(proxy.auth or ""))
+            url = f"{proxy.scheme}://{proxy.netloc}"
+            manager = urllib3.ProxyManager(url, proxy_headers=auth, **options)
+            if base.scheme == "http":  # then the proxy is asked for whole URLs
+                self._prefix = origin + self._prefix
+        manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        self._pool = manager.connection_from_url(origin)
+
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: bytes | None,
+        timeout: _AttemptTimeout,
+    ) -> _Answer:
+        """Send one request and read its answer. Raises one of _NO_ANSWER where there is none."""
+        response: Any = self._pool.urlopen(
+            method,
+            self._prefix + path,
+            body=body,
+            headers=headers,
+            retries=_ONE_ATTEMPT,
+            redirect=False,
+            timeout=timeout,
+            assert_same_host=False,
+            preload_content=False,
+            enforce_content_length=True,
+        )
+        try:
+            if response.status < 200:
+                raise http.client.BadStatusLine("an interim answer alone")
+            content = self._content(response)
+        finally:
+            if not response.isclosed():
+                response.close()  # what follows must not be taken for the next answer
+            response.release_conn()
+        complete = len(content) <= self._max_body
+        return _Answer(response.status, response.reason or "", response.headers, content, complete)
+
+    def _content(self, response: Any) -> bytes:
+        """The whole body, unpacked, or more than `max_body` bytes of it."""
+        packed = "Content-Encoding" in response.headers
+        content = bytearray()
+        while len(content) <= self._max_body:
+            try:
+                chunk = response.read(_PACKED_CHUNK if packed else _CHUNK, decode_content=packed)
+            except exceptions.DecodeError:
+                return b"(what could not be unpacked)"
+            content += chunk
+            if not chunk or (response.length_remaining == 0 and not packed):
+                break  # where the length is known, no last read of nothing
+        return bytes(content)
+
+    def close(self) -> None:
+        self._pool.close()
 
 
-def _headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """`headers`, checked here because http.client would show a value that it refuses."""
-    checked = {}
-    for name, value in dict(headers or {}).items():
-        if not (re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and re.fullmatch(r"[ -~\xa0-\xff]*", value)):
-            raise ValueError(f"header {name!r} has a character that no header can carry")
-        checked[name.title()] = value
-    return checked
+def _proxy_for(base: Url, proxy: str | None) -> Url | None:
+    """The proxy that was given, "" being none, else the environment's, but to this machine none."""
+    named = any(name.lower().endswith("_proxy") for name in os.environ)
+    if proxy is None and named and not _LOOPBACK.fullmatch(base.host or ""):
+        from urllib.request import getproxies, proxy_bypass  # costs as much as all the rest
+
+        proxy = "" if proxy_bypass(base.netloc or "") else getproxies().get(base.scheme or "")
+    if not proxy:
+        return None
+    parsed = parse_url(proxy if "://" in proxy else f"http://{proxy}")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError("a proxy is http://[USER:PASSWORD@]HOST[:PORT], or https://")
+    return parsed
 
 
-def _error(ask: _Pursuit, seconds: float, response: Any, body: bytes, fault: Any) -> RunpollError:
-    """What went wrong with an attempt, without the key, even where the API sent it back."""
-    clean = ask.clean
-    text, status = clean(body.decode("utf-8-sig", "replace")), response and response.status
-    known: dict[str, Any] = {"http_status": status, "body": text[:500]}
-    kind: type[RunpollError] = ApiError
-    begun, advice = True, _LATER
-    if isinstance(fault, _NO_ANSWER):
-        inner = fault = getattr(fault, "original_error", fault)  # of a proxy's
-        while nested := next((arg for arg in inner.args if isinstance(arg, BaseException)), None):
-            inner = nested
-        what = _one_line(re.split(r"(?<!SSL): |\] ", str(inner))[-1])
-        if "timed out" in str(inner):
-            what = f"no answer within {round(seconds, 2):g} s"
-        if untrusted := isinstance(fault, SSLError) and isinstance(inner, ValueError):  # a certificate does not verify
-            advice = "check the host, or trust its certificate by pool="
-        unsent = isinstance(fault, (ConnectTimeoutError, EmptyPoolError)) or str(fault).startswith("Tunnel connection failed")
-        begun = not untrusted and not unsent
-        kind, known = TransportError, {"sent": begun, "_transient": not untrusted}
-    elif fault and (status < 300 or not fault._transient):
-        kind, known["_transient"] = BadResponse, fault._transient
-        what, advice = f"answered HTTP {status}, but the answer {fault}", "check the base_url and the Api"
-    else:
-        said: Any = _one_line(text)
-        with suppress(BadResponse):
-            said = _json(text)
-        error, headers = _error_info(said) or ErrorInfo(clean(response.reason or "no text")), response.headers
-        request_id = clean(headers.get("X-Request-Id") or headers.get("Request-Id", ""))
-        request_id = request_id or _first(said, [["meta", "request_id"]], _text)
-        after = _retry_after(headers)
-        known.update(error=error, request_id=request_id, retry_after=after, _transient=status in _TRANSIENT)
-        what = f"answered HTTP {status}: {_one_line(error.message)}" + (f" (request {request_id})" if request_id else "")
-        if status < 400 and "Location" in headers:
-            what += f", to {clean(headers['Location']).partition('?')[0]}"
-        begun = status >= 500 or status == 408
-        advice = _ADVICE.get(status) or _ADVICE.get(status // 100, _LATER)
-        if after:
-            advice += f" (Retry-After: {after:g} s)"
-    if ask.starts:
-        advice += "; a run may have begun: look before you start it again" if begun else "; no run has begun"
-    raised = kind(clean(f"{ask.name}: {what}; {advice}"), params=ask.run, **known)
-    raised.__cause__ = link = fault.__cause__ if isinstance(fault, BadResponse) else fault
-    while link:
-        if clean(str(link)) != str(link):
-            raised.__cause__ = None
-        link = link.__cause__ or link.__context__
-    return raised
+# ---- What goes wrong, and when it is tried again. Nothing here waits.
 
 
-# ---- The session
+_LAG = 10.0  # seconds in which replicas may not know a run just started, or a fresh key
+_FIRST_RETRY, _LONGEST_RETRY = 0.5, 10.0  # seconds; each wait is twice the one before
+_RETRY_JITTER = 0.1  # a wait is longer or shorter by up to this share of it
+_LONGEST_RETRY_AFTER = 120.0  # seconds; an iteration looks again then, whatever it was told
+_SHORTEST_SECRET = 8  # characters; a shorter key may be an ordinary word of any answer
+_BODY_SHOWN = 500  # characters of an answer that an error carries
+_TRY_LATER = "try again later"
+_ADVICE = {
+    401: "check the API key",
+    404: "check the id, the base_url and whose key it is",
+    408: _TRY_LATER,
+    425: _TRY_LATER,
+    429: "ask less often",
+}
+
+
+class _Request(NamedTuple):
+    """What is sent, worked out once for all of its attempts."""
+
+    name: str  # as texts call it
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes | None
+    timeout: float  # seconds for one attempt
+    read: Callable[[_Answer], Any]  # makes something of a good answer, or raises BadResponse
+    answer_statuses: Sequence[int] = ()  # besides 2xx
+    run: dict[str, str] | None = None  # the params of the one that it concerns
+    starts: bool = False  # a run
+    repeatable: bool = False  # even where an earlier attempt may have arrived
+
+
+class _Attempt(NamedTuple):
+    """One attempt at a request, for texts to tell of it."""
+
+    request: _Request
+    key: str
+    connect_seconds: float
+    seconds: float
+    left_open: bool  # an earlier one may have begun what is asked for
+
+    def fault(
+        self,
+        kind: type[RunpollError],
+        what: str,
+        advice: str,
+        begun: bool,  # the server may have done what was asked
+        cause: BaseException | None = None,
+        **attributes: Any,
+    ) -> RunpollError:
+        """The error for what went wrong. Neither its text nor its cause shows the key."""
+        text = f"{self.request.name}: {what}; {advice}"
+        if self.request.starts and (begun or self.left_open):
+            text += "; a run may have begun: look before you start it again"
+        elif self.request.starts:
+            text += "; no run has begun"
+        fault = kind(self.redacted(text), params=self.request.run, **attributes)
+        if cause:
+            shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
+            fault.__cause__ = cause if self.redacted(shown) == shown else None
+        return fault
+
+    def redacted(self, text: str) -> str:
+        return text.replace(self.key, "[key]") if len(self.key) >= _SHORTEST_SECRET else text
+
+
+def _no_answer(attempt: _Attempt, error: BaseException) -> RunpollError:
+    """The error for what urllib3 raised instead of an answer."""
+    fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
+    reason = _innermost(fault)
+    # A certificate that is not trusted is both an SSLError and a ValueError.
+    untrusted = isinstance(fault, exceptions.SSLError) and isinstance(reason, ValueError)
+    sent = not untrusted and not isinstance(fault, exceptions.ConnectTimeoutError)
+    words = _excerpt(re.split(r": |\] ", str(reason))[-1])  # the system's own stand last
+    what, advice = f"no answer ({words})", _TRY_LATER
+    if untrusted:
+        what = f"the certificate is not trusted ({words})"
+        advice = "check the base_url, or give an ssl_context that trusts it"
+    elif "timed out" in f"{fault} {reason}":
+        what = f"no answer within {_rounded(attempt.seconds)} s"
+        if not sent:
+            what = f"no connection within {_rounded(attempt.connect_seconds)} s"
+    facts = {"sent": sent or attempt.left_open, "transient": not untrusted}
+    return attempt.fault(TransportError, what, advice, sent, error, **facts)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What the system said: urllib3 wraps it, as an argument or as the cause."""
+    inner = next((arg for arg in error.args if isinstance(arg, BaseException)), error.__cause__)
+    return _innermost(inner) if inner else error
+
+
+def _refused(attempt: _Attempt, answer: _Answer) -> RunpollError:
+    """The error for an HTTP error or a redirect."""
+    status, text = answer.status, attempt.redacted(_decoded(answer.body))
+    headers = {name: attempt.redacted(value) for name, value in _lowered(answer.headers).items()}
+    body = info = None
+    with suppress(BadResponse, RecursionError):
+        body = _parsed_json(text)
+        info = _error_info(body)
+    info = info or ErrorInfo(_excerpt(text) or answer.reason or "no text")
+    retry_after = _retry_after(headers)
+    request_id = headers.get("x-request-id") or headers.get("request-id")
+    request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
+
+    what = f"HTTP {status}: {_excerpt(info.message)}"
+    advice = _ADVICE.get(status, _TRY_LATER if status >= 500 else "unchanged it will fail again")
+    if request_id:
+        what += f" (request {_excerpt(request_id)})"
+    if status < 400:
+        what += f", to {_without_query(headers.get('location', 'nowhere'))}"
+        advice = "redirects are not followed: is that the base_url to use?"
+    if retry_after:
+        advice += f", in {_rounded(retry_after)} s as it says"
+    return attempt.fault(
+        ApiError,
+        what,
+        advice,
+        _may_have_worked(status),
+        http_status=status,
+        error=info,
+        body=text[:_BODY_SHOWN],
+        request_id=request_id,
+        retry_after=retry_after,
+        transient=_passes(status, retry_after),
+    )
+
+
+def _unreadable(attempt: _Attempt, answer: _Answer, problem: BadResponse) -> RunpollError:
+    """The error for a success answer that is not what was promised."""
+    return attempt.fault(
+        BadResponse,
+        f"HTTP {answer.status}, but {problem}",
+        "check the base_url and the Api" if answer.complete else "raise max_body",
+        True,
+        problem.__cause__,
+        http_status=answer.status,
+        body=attempt.redacted(_decoded(answer.body))[:_BODY_SHOWN],
+        transient=problem.transient,
+    )
+
+
+def _decoded(content: bytes) -> str:
+    """The text of an answer; bytes that are not UTF-8 are replaced."""
+    return content.decode("utf-8-sig", "replace")
+
+
+def _rounded(seconds: float) -> str:
+    """Seconds for a text: 0.25, 1800."""
+    return f"{round(seconds, 2):.12g}"
+
+
+def _passes(status: int, retry_after: float | None) -> bool:
+    """Whether an HTTP status tells of a fault that passes."""
+    if status == 403:
+        return retry_after is not None  # a rate limit, of some APIs
+    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
+
+
+def _may_have_worked(status: int) -> bool:
+    """Whether a server that answers so may have done what was asked all the same."""
+    return status >= 500 or status == 408 or status < 400
+
+
+def _may_have_begun(fault: RunpollError) -> bool:
+    """Whether what was asked for may have begun by the attempt that ended so, or by one before."""
+    if isinstance(fault, TransportError):
+        return fault.sent
+    return not isinstance(fault, ApiError) or _may_have_worked(fault.http_status)
+
+
+def _is_rate_limit(fault: RunpollError) -> bool:
+    return isinstance(fault, ApiError) and fault.transient and fault.http_status in (403, 429)
+
+
+class _Retry:
+    """The one retry rule: says when to try again after a fault, or raises it.
+
+    Each kind of fault has a clock of its own, from its first fault since the last good answer:
+
+        kind     faults                                         are sat out for
+        lag      a status in `lag_statuses`                     10 s
+        limited  a rate limit                                   max_outage; an iteration: no end
+        outage   the other transient, where repeating is safe   max_outage
+    """
+
+    def __init__(
+        self, repeatable: bool, max_outage: float, lag_statuses: set[int], iterating: bool
+    ) -> None:
+        self.faults = 0
+        self.left_open = False  # an attempt may have begun what was asked for
+        self.lag_statuses = lag_statuses
+        self._repeatable, self._iterating = repeatable, iterating
+        limit_patience = math.inf if iterating else max_outage
+        self._patience = {"lag": _LAG, "limited": limit_patience, "outage": max_outage}
+        self._since: dict[str, float] = {}
+        self._due = -math.inf
+
+    def next_attempt(self, now: float, held_until: float) -> float:
+        """When the next attempt is due, where no deadline is to be kept."""
+        return max(self._due, held_until)
+
+    def failed(self, fault: RunpollError, now: float) -> float:
+        """When to try again. Raises the fault where that is never."""
+        self.faults += 1
+        self.left_open = self.left_open or _may_have_begun(fault)
+        kind = self._kind(fault)
+        if kind is None:
+            raise fault
+        end = self._since.setdefault(kind, now) + self._patience[kind]
+        told = getattr(fault, "retry_after", None) or 0.0
+        if self._iterating:
+            told = min(told, _LONGEST_RETRY_AFTER)
+        if now >= end or (now + told > end and not self._iterating):
+            raise fault
+        self._due = now + told if told else min(now + self._backoff(), end)
+        if kind == "limited" and "outage" in self._since:
+            self._since["outage"] += self._due - now  # a rate limit is no outage
+        return self._due
+
+    def succeeded(self) -> None:
+        """A good answer came: what fails from now on is another trouble."""
+        self.faults = 0
+        self.left_open = False
+        self.lag_statuses.discard(404)  # the run is known
+        self._since.clear()
+
+    def _kind(self, fault: RunpollError) -> str | None:
+        if getattr(fault, "http_status", None) in self.lag_statuses:
+            return "lag"
+        if _is_rate_limit(fault):
+            return "limited"
+        unsent = isinstance(fault, TransportError) and not fault.sent
+        return "outage" if fault.transient and (self._repeatable or unsent) else None
+
+    def _backoff(self) -> float:
+        doubled: float = _FIRST_RETRY * 2 ** min(self.faults - 1, 10)
+        jitter = random.uniform(1 - _RETRY_JITTER, 1 + _RETRY_JITTER)
+        return min(doubled * jitter, _LONGEST_RETRY)
+
+
+# ---- The session: makes attempts. It does not know when a run is polled.
+
+
+_IDEMPOTENT = {"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}  # RFC 9110 section 9.2.2
+_SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = 0.001, 1e9  # seconds; sockets take no more
+_TICK = 1e-6  # seconds; two points on the clock that are closer are one
 
 
 class Session:
     """Speaks one API. A context manager; safe to share between threads, not across a fork.
 
     Args:
-        api_key: the key, or a callable that returns it, asked for every attempt, possibly from several threads.
+        api_key: the key, or a callable that returns it, asked anew for every attempt, possibly
+            from several threads.
         base_url: instead of the Api's.
-        request_timeout: seconds for one attempt, its connecting, headers and body included.
-        retries: of a call, after transient faults; an iteration has `max_outage`.
+        headers: sent with every request.
+        request_timeout: seconds for one attempt, its headers and body included. Connecting gets
+            half of it for each address of the host.
+        max_outage: seconds for which faults that pass are sat out, from the first in a row on.
         max_body: bytes that an answer may have.
-        pool: a ready PoolManager (a proxy, a private CA, mutual TLS), which `close()` leaves open, and where each read
-            has `request_timeout`. None obeys HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
-        allow_http: lets the key go over plain http to other hosts than this one.
-        sleep, clock: for every wait. A `sleep` that returns True (`threading.Event().wait`) ends what waits.
+        proxy: its URL, "" for none. None obeys HTTP_PROXY, HTTPS_PROXY and NO_PROXY, but goes to
+            this machine directly.
+        ssl_context: for a private authority or mutual TLS.
+        allow_http: let the key go over plain http to another machine.
+        sleep, clock: used for every wait. A `sleep` that returns True, as `wait` of a
+            threading.Event does once it is set, ends what waits.
+
+    Raises ValueError or TypeError for an argument that cannot be.
     """
 
-    def __init__(self, api: Api, api_key: str | Callable[[], str] | None = None, *, base_url: str | None = None,
-                 headers: Mapping[str, str] | None = None, request_timeout: float = 30.0, retries: int = 3,
-                 max_body: int = 16 * 2**20, pool: urllib3.PoolManager | None = None, allow_http: bool = False,
-                 sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic) -> None:
-        base = _base_url(_typed("api", api, Api).base_url if base_url is None else base_url)
-        self._api = _but(api, base_url=base.url)
-        self._key = api_key if callable(api_key) else self._prove(api_key)
-        self._headers = {"Accept": "application/json", "User-Agent": f"runpoll/{__version__}", **_headers(headers)}
-        self._timeout = _checked("request_timeout", request_timeout, 0.001, 1e9)
-        self._retries, self._max_body = _checked("retries", retries, most=1e9), _checked("max_body", max_body)
-        self._sleep, self._clock, self._lock = _typed("sleep", sleep, Callable), _typed("clock", clock, Callable), threading.Lock()
-        self._closed, self._held_until = False, -inf
-        self._unknown: set[str] = set()  # the status words that were warned of
-
-        self._origin, self._owned, proxy = _origin(base), not pool, None if pool else _proxy(base)
-        hops = [url.host or "" for url in (base, proxy) if url and base.scheme == "http"]
-        if api_key and not allow_http and not all(re.fullmatch(r"localhost|127(\.\d+){3}|\[::1\]", hop) for hop in hops):
-            raise ValueError("the key would go over plain http: use https, or allow_http=True if the network is yours")
-        self._prefix = (self._origin if pool or (proxy and hops) else "") + (base.path or "").rstrip("/")
-        self._pool = _typed("pool", pool or urllib3.PoolManager(maxsize=0), urllib3.PoolManager)  # 0: keep all that are needed
-        if proxy:
-            auth = make_headers(proxy_basic_auth=unquote(proxy.auth or ""))
-            self._pool = urllib3.ProxyManager(proxy._replace(auth=None).url, maxsize=0, proxy_headers=auth)
-        self._send: Callable[..., Any] = self._pool.urlopen
-        if self._owned:  # the host's own pool saves a fifth of a poll, and lets its connections be ours
-            host: Any = self._pool.connection_from_url(self._origin)
-            host.ConnectionCls = _HTTPS if host.scheme == "https" else _HTTP
-            self._send = host.urlopen
+    def __init__(
+        self,
+        api: Api,
+        api_key: str | Callable[[], str] | None = None,
+        *,
+        base_url: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        request_timeout: float = 30.0,
+        max_outage: float = 60.0,
+        max_body: int = 16 * 2**20,
+        proxy: str | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        allow_http: bool = False,
+        sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not isinstance(api, Api):
+            raise TypeError(f"api has to be an Api, not {type(api).__name__}")
+        base = _parsed_base_url(api.base_url if base_url is None else base_url)
+        via = _proxy_for(base, proxy)
+        hops = [base, via] if via else [base]
+        private = base.scheme == "https" or all(_LOOPBACK.fullmatch(hop.host or "") for hop in hops)
+        if api_key is not None and not private and not allow_http:
+            raise ValueError(
+                "the key would go over plain http: use https, or allow_http=True in a network "
+                "that you trust"
+            )
+        self._api = api
+        self._api_key = api_key
+        self._base_url = base.url
+        if not callable(api_key):
+            self._authorization(self._current_key())  # what cannot be sent is refused here
+        self._headers = {
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip",
+            "User-Agent": f"runpoll/{__version__}",
+            **_checked_headers(headers),
+        }
+        self._timeout = _at_least(_SHORTEST_TIMEOUT, "request_timeout", request_timeout)
+        self._max_outage = _at_least(0, "max_outage", max_outage)
+        self._wire = _Wire(base, via, ssl_context, int(_at_least(0, "max_body", max_body)))
+        self._sleep, self._clock = sleep, clock
+        self._closed = False
+        self._lock = threading.Lock()  # of what follows
+        self._held_until = -math.inf  # when a rate limit lets the next request go
+        self._unknown_words: set[str] = set()  # those that were warned of
 
     def __repr__(self) -> str:
-        return f"Session({self._api.base_url!r})"
+        return f"Session({self._base_url!r})"
 
     def __enter__(self) -> Session:
         return self
@@ -871,311 +1295,339 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Close the connections; the session then raises RuntimeError."""
+        """Close every connection. Calls raise RuntimeError from then on."""
         self._closed = True
-        if self._owned:
-            self._pool.clear()
+        self._wire.close()
 
-    def start(self, body: Any = None, *, request_timeout: float | None = None, headers: Mapping[str, str] | None = None,
-              idempotency_key: str | None = None, **params: str) -> RunState:
-        """Start a run with `body` as JSON, and return its first state; `params` fill the start template.
+    def start(
+        self,
+        body: Any = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        request_timeout: float = 330.0,
+        repeatable: bool = False,
+        **params: str,
+    ) -> RunState:
+        """Start a run, and return its first state.
 
-        It is tried again only where no run can have begun (no connection was made, 429), or under an idempotency key; an
-        error says whether one may have. `request_timeout` None is the session's or, when longer, what `hold` says plus 10.
+        It is tried again only where no run can have begun: no connection was made, a rate limit.
+
+        Args:
+            body: sent as JSON; None for none.
+            headers: besides the session's.
+            request_timeout: seconds for one attempt, long because a synchronous start is held
+                until the run ends, and because one that is given up may have begun.
+            repeatable: the body or a header carries an idempotency key, so that a start may be
+                tried again after any fault that passes.
+            params: those of the start template.
+
+        Raises RunpollError, whose text says whether a run may have begun.
         """
-        api, (path, status_path, _) = self._api, self._api._paths
-        if not api.start:
-            raise ValueError("this Api has no start template")
-        if idempotency_key is not None:
-            place, _, name = api.idempotency.partition(":")
-            if not place or not str.strip(idempotency_key):
-                raise ValueError("the idempotency key is empty, or this Api has none")
-            if place == "header":
-                headers = {**(headers or {}), name: idempotency_key}
-            else:
-                body = {**(body or {}), name: idempotency_key}
-        if api.hold and request_timeout is None and (held := api.hold(body)):
-            request_timeout = max(self._timeout, held + _HOLD_MARGIN)
-        read = partial(self._state, {name: str(value) for name, value in params.items() if name in status_path.names})
-        return self._call(path, params, read, body, headers, request_timeout, starts=True)  # type: ignore[no-any-return]
+        known = {name: str(params[name]) for name in self._path("status").names if name in params}
+        request = self._request(
+            self._path("start"),
+            params,
+            body,
+            headers,
+            request_timeout,
+            read=partial(self._read_state, known),
+            answer_statuses=self._api.answer_statuses,
+            starts=True,
+            repeatable=repeatable,
+        )
+        return self._call(request)  # type: ignore[no-any-return]
 
     def poll(self, run: _Run) -> RunState:
-        """One status request, for an id, path parameters, a RunState, or a status URL of the API's."""
-        return self._call(**self._following(run))  # type: ignore[no-any-return]
+        """The state of a run (its id, status URL, path parameters or RunState), by one request."""
+        return self._call(self._status_request(run))  # type: ignore[no-any-return]
 
     def cancel(self, run: _Run, body: Any = None) -> bool:
-        """Cancel a run, as `concurrent.futures.Future.cancel`: False when it had already ended otherwise.
+        """Cancel a run, as `concurrent.futures.Future.cancel`.
 
-        An ApiError means that the API refuses, and the run is still active, or cannot be found either.
+        True when the run is being or has been cancelled, False when it had ended otherwise. Raises
+        ApiError where the API refuses, and the run is still active or cannot be found.
         """
-        path = self._api._paths[2]
-        if not path.path:
-            raise ValueError("this Api has no cancel template")
+        path = self._path("cancel")
         if isinstance(run, RunState) and run.done:
             return run.phase is Phase.CANCELLED
-        handle = self._api._handle(run)
-
-        def read(*answer: Any) -> RunState | None:
-            with suppress(BadResponse):
-                if (state := self._state(None, *answer)).id == handle["run_id"]:
-                    return state
-            return None
-
+        look = self._status_request(run)
+        handle = look.run or {}
+        cancel = self._request(
+            path,
+            {name: handle[name] for name in path.names},
+            body,
+            read=lambda _: None,  # the status request says what came of it
+            run=handle,
+            repeatable=True,
+        )
+        # Some APIs delete or fail a run that has ended when it is cancelled: look first.
+        state = self._found(look, gone=(404,))
         refusal = None
-        try:
-            state = self._call(path, {name: handle[name] for name in path.names}, read, body, run=handle)
-        except ApiError as error:
-            if error.http_status not in (404, 409, 410, 422):
-                raise
-            state, refusal = None, error
-        try:
-            state = state or self.poll(handle)
-        except ApiError as error:
-            if error.http_status != 404:
-                raise
+        if not (state and state.done):
+            refusal = self._refusal(cancel)
+            state = self._found(look, gone=(404, 410))
         if state and state.done:
             return state.phase is Phase.CANCELLED
         if refusal:
             raise refusal
-        return True  # what is gone was cancelled
+        return True  # it is being cancelled, or is gone
 
-    def request(self, method: str, path: str, body: Any = None, *, params: Mapping[str, str] | None = None,
-                request_timeout: float | None = None, headers: Mapping[str, str] | None = None) -> Any:
-        """Any other call of the API: the parsed JSON, None for an empty answer. `params` fill the template `path`.
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        request_timeout: float | None = None,
+    ) -> Any:
+        """Any other call of the same API: the parsed JSON, None for an empty answer.
 
-        POST and PATCH are tried again as a start is.
+        By an idempotent method it is tried again after any fault that passes, by POST or PATCH as
+        a start is. `path` is a template under the base_url, filled from `params`. The other
+        arguments are as for `start`; `request_timeout` None is the session's.
         """
-        return self._call(_Path(method + " " + path), dict(params or {}), _json, body, headers, request_timeout)
+        template = _PathTemplate(f"{method} {path}", method)
+        request = self._request(
+            template,
+            params or {},
+            body,
+            headers,
+            request_timeout,
+            read=lambda answer: _parsed_json(_decoded(answer.body)),
+            repeatable=template.method in _IDEMPOTENT,
+        )
+        return self._call(request)
 
-    def _following(self, run: _Run) -> dict[str, Any]:
-        """The arguments of the _Pursuit of a run."""
+    # What the calls are made of: requests, attempts, waits.
+
+    def _path(self, name: str) -> _PathTemplate:
+        path = self._api._paths.get(name)
+        if path is None:
+            raise ValueError(f"this Api has no {name} template")
+        return path
+
+    def _status_request(self, run: _Run) -> _Request:
         handle = self._api._handle(run)
-        return {"path": self._api._paths[1], "params": handle, "run": handle, "read": partial(self._state, handle)}
+        return self._request(
+            self._path("status"),
+            handle,
+            read=partial(self._read_state, handle),
+            answer_statuses=self._api.answer_statuses,
+            run=handle,
+            repeatable=True,
+        )
 
-    def _state(self, params: dict[str, str] | None, content: bytes, headers: HTTPHeaderDict, status: int) -> RunState:
-        with _readable("read_state"):  # which may be a subclass's
-            asked = None if params is None or status == 504 else dict(params)  # a 504 has to name the run itself
-            state = self._api.read_state(_json(content), asked, headers, status)
-            if status == 504 and state.phase is Phase.UNKNOWN:
-                raise BadResponse("has no state")
-            handle = params if params and "run_id" in params else {"run_id": state.id, **(params or {}), **state.params}
-            return _but(state, status="" + state.status, phase=Phase(state.phase), params=dict(handle))
+    def _request(
+        self,
+        template: _PathTemplate,
+        params: Mapping[str, Any],
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> _Request:
+        """A request with the session's headers; `options` are fields of _Request."""
+        path = template.fill(params)
+        name = f"{template.method} {path.partition('?')[0]}"
+        if options.get("run"):
+            name = f"run {_excerpt(options['run']['run_id'])} ({name})"
+        elif options.get("starts"):
+            name = f"start ({name})"
+        all_headers = {**self._headers, **_checked_headers(headers)}
+        content = None
+        if body is not None:
+            content = json.dumps(body, allow_nan=False).encode()
+            all_headers.setdefault("Content-Type", "application/json")
+        if timeout is None:
+            timeout = self._timeout
+        _at_least(_SHORTEST_TIMEOUT, "request_timeout", timeout)
+        return _Request(name, template.method, path, all_headers, content, timeout, **options)
 
-    def _call(self, *request: Any, **options: Any) -> Any:
-        """The answer to a direct call."""
-        ask = _Pursuit(self, *request, **options, retries=self._retries)
-        for until in ask.answers(self._clock()):
-            if self._nap(until):
-                begun = "; no run has begun" if ask.starts else ""
-                text = f"{ask.name}: not sent, as sleep() ended the wait{begun}"
-                raise ask.fault or TransportError(text, params=ask.run, sent=False)
-        return ask.answer
+    def _read_state(self, params: dict[str, str], answer: _Answer) -> RunState:
+        """The state in an answer to a start or a poll."""
+        body = _parsed_json(_decoded(answer.body))
+        try:
+            state = self._api.read_state(body, dict(params), answer.headers, answer.status)
+            if not isinstance(state, RunState):
+                raise TypeError("read_state has to return a RunState")
+        except (*_UNREADABLE, RecursionError) as error:
+            text = f"the answer could not be read ({type(error).__name__} in read_state)"
+            raise BadResponse(text) from error
+        _log.debug("run %r: %r", state.id, state.status)
+        if state.phase is Phase.UNKNOWN:
+            self._warn_of_unknown_word(state)
+        return state
 
-    def _nap(self, until: float) -> bool:
-        """Wait until a point on the clock; true when `sleep` ends all."""
-        seconds = until - self._clock()
-        return seconds > 0 and self._sleep(seconds) is True
+    def _warn_of_unknown_word(self, state: RunState) -> None:
+        word = _normalized(state.status)
+        with self._lock:
+            known = word in self._unknown_words
+            self._unknown_words.add(word)
+        if not known:
+            text = "run %r: unknown status %r, taken as not ended; Api.phases may list it"
+            _log.warning(text, state.id, state.status)
 
-    def _authorize(self, ask: _Pursuit) -> dict[str, str]:
-        """The header with the key, which a callable is asked for anew."""
+    def _current_key(self) -> str:
+        key = self._api_key() if callable(self._api_key) else self._api_key
+        if key is not None and not isinstance(key, str):
+            raise TypeError(f"api_key has to be a str, not {type(key).__name__}")
+        return (key or "").strip()
+
+    def _authorization(self, key: str) -> dict[str, str]:
+        """The header that carries a key."""
+        if not key:
+            return {}
+        return _checked_headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()})
+
+    def _attempt(
+        self, request: _Request, left_open: bool = False, deadline: float = math.inf
+    ) -> Any:
+        """Make one attempt, which does not pass the deadline.
+
+        Returns what `request.read` made of a good answer, or the RunpollError, for the caller to
+        judge. What is raised is not ours: a key that cannot be had, a closed session.
+        """
         if self._closed:
             raise RuntimeError("the session is closed")
-        key, header = self._prove(self._key()) if callable(self._key) else self._key
-        if len(key) > 3 and key not in ask.keys:  # one so short is no secret, but many a word
-            ask.keys = [*ask.keys[-1:], key]  # an answer may speak of the one before, too
-        return header
-
-    def _prove(self, given: str | None) -> tuple[str, dict[str, str]]:
-        """A key, and the header that carries it."""
-        key: str = _typed("api_key", "" if given is None else given, str).strip()
-        return key, _headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()} if key else None)
-
-    def _attempt(self, ask: _Pursuit, auth: dict[str, str], seconds: float) -> Any:
-        """One attempt; the one place that reaches the network."""
-        if ask.starts or not ask.repeatable:  # a connection long idle may be dead, which is learned too late
-            idle: Any = self._pool.connection_from_url(self._origin).pool
-            with idle.mutex:  # nobody takes one meanwhile
-                for connection in filter(None, idle.queue):
-                    if time.monotonic() - getattr(connection, "used_at", -inf) > _IDLE_MOST:
-                        connection.close()
-        response: Any = None
-        body, fault, total = b"", None, _Total(total=seconds)
-        total.start_connect()
+        key = self._current_key()
+        headers = {**request.headers, **self._authorization(key)}
+        seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
+        connect_seconds = min(self._timeout, seconds) / 2
+        attempt = _Attempt(request, key, connect_seconds, seconds, left_open)
+        if seconds <= 0:
+            what = "not sent, as the key took all the time that was left"
+            return attempt.fault(TransportError, what, _TRY_LATER, False, sent=left_open)
+        timeout = _AttemptTimeout(connect=connect_seconds, total=seconds)
         try:
-            response = self._send(
-                ask.method, ask.target, body=ask.body, headers={**ask.headers, **auth}, retries=_ONCE, redirect=False,
-                timeout=total, pool_timeout=seconds, assert_same_host=False, preload_content=False,
-                enforce_content_length=True)
-            body = self._read(response)
-            if len(body) > self._max_body:
-                raise BadResponse(f"is larger than max_body, {self._max_body} bytes", _transient=False)
-            if 200 <= response.status < 300 or (response.status == 504 and ask.starts):
-                return ask.read(body, response.headers, response.status)
-        except (BadResponse, *_NO_ANSWER) as caught:
-            fault = caught
-        raise _error(ask, seconds, response, body, fault)  # here, where it has no context that shows what it hides
-
-    def _read(self, response: Any) -> bytes:
-        """The whole body, or more than `max_body` bytes of it."""
-        body, packed = bytearray(), "Content-Encoding" in response.headers
-        try:
-            if response.status < 200:
-                raise http.client.BadStatusLine("an interim answer alone")
-            while len(body) <= self._max_body and (piece := response.read(2**14 if packed else 2**16, packed)):
-                body += piece
-                if response.length_remaining == 0 and not packed:
-                    break  # which spares a last read of nothing
-        finally:
-            if not response.isclosed():
-                response.close()  # the rest would be taken for the next answer
-            response.release_conn()
-        return bytes(body)
-
-
-# ---- Following
-
-
-class _Pursuit:
-    """A request, tried until it is answered; a run, polled until it ends.
-
-    Its generators yield the points on the clock until which the caller is to wait.
-    """
-
-    run: dict[str, str] | None = None
-    starts = False
-    begun, deadline, max_outage, retries = 0.0, inf, inf, inf
-    interval: Callable[[RunState, int], float]
-    answer: Any = None  # at first the state that was handed in
-    state: RunState | None = None
-    fault: RunpollError | None = None
-    faults, polls, took = 0, 0, 0.0
-
-    def __init__(self, session: Session, path: _Path, params: Mapping[str, Any], read: Callable[..., Any], body: Any = None,
-                 headers: Mapping[str, str] | None = None, request_timeout: float | None = None, **options: Any) -> None:
-        for name, value in options.items():
-            setattr(self, name, value)
-        self.session, self.read = session, read
-        self.method, self.target = path.method, session._prefix + path.fill(params)
-        run, shown = self.run, f"{self.method} {self.target.partition('?')[0]}"
-        self.name = f"run {_printable(run['run_id'])} ({shown})" if run else f"start ({shown})" if self.starts else shown
-        own, (place, _, name) = _headers(headers), session._api.idempotency.partition(":")
-        keyed = name and (own.get(name.title()) if place == "header" else isinstance(body, dict) and body.get(name))
-        self.repeatable = bool(run or keyed or (self.method in _IDEMPOTENT and not self.starts))
-        self.body = None if body is None else _dump(body, allow_nan=False).encode()
-        self.headers = {**session._headers, **({"Content-Type": "application/json"} if self.body else {}), **own}
-        self.request_timeout = session._timeout if request_timeout is None else _checked(
-            "request_timeout", request_timeout, 0.001, 1e9)
-        self.keys: list[str] = []  # to be kept out of texts
-
-    def clean(self, text: str) -> str:
-        """`text` without the keys, as they are or escaped in JSON."""
-        for key in sorted(self.keys, key=len, reverse=True):
-            text = text.replace(key, "[key]")
-            if "\\" in text and key in (plain := _unescaped(text)):
-                text = plain.replace(key, "[key]")
-        return text
-
-    def answers(self, due: float) -> Generator[float, None, None]:
-        """The one retry loop, from when the request is `due` until it has its `answer`."""
-        session, self.faults, self.renewed = self.session, 0, False
-        self.since: dict[bool, float] = {}  # when the first fault was, a 404 that may pass apart
-        while True:
-            yield from self.pause(due)
-            auth, asked = session._authorize(self), session._clock()
-            if asked >= self.deadline:
-                continue  # the key took all the time, and pause() raises
+            answer = self._wire.exchange(
+                request.method, request.path, headers, request.body, timeout
+            )
+        except _NO_ANSWER as error:
+            return _no_answer(attempt, error)
+        if not answer.complete:
+            problem = BadResponse("the answer is larger than max_body", transient=False)
+            return _unreadable(attempt, answer, problem)
+        good = 200 <= answer.status < 300
+        if good or answer.status in request.answer_statuses:
             try:
-                self.answer = session._attempt(self, auth, min(self.request_timeout, self.deadline - asked))
-                break
-            except RunpollError as fault:
-                self.faults += 1
-                due = self.retry_at(fault)
-                self.fault = fault
-        self.fault, self.took = None, session._clock() - asked
-        phase, status = getattr(self.answer, "phase", None), self.clean(getattr(self.answer, "status", ""))
-        _log.debug("%s: %r, after %d faults", self.name, status, self.faults)
-        if phase is Phase.UNKNOWN and (word := _bare(status)) not in session._unknown:
-            session._unknown.add(word)
-            _log.warning("%s: unknown status %r, taken as not ended; Api.phases may list it", self.name, status)
+                return request.read(answer)
+            except BadResponse as unlike:
+                if good:
+                    return _unreadable(attempt, answer, unlike)
+        return _refused(attempt, answer)
 
-    def pause(self, due: float) -> Generator[float, None, None]:
-        """Waits until `due`, or until one more poll just fits before the deadline, and while the session is held back."""
-        session, now = self.session, self.session._clock()
-        last = self.deadline - max(_LAST_POLL, 2 * self.took)
-        due = last if now + _TICK < last < due else due
-        while max(now, due) < self.deadline:
-            yield min(max(due, session._held_until), self.deadline)  # at least once, so that the first step sends nothing
-            now = session._clock() + _TICK
-            if max(due, session._held_until) <= now < self.deadline:
-                return
-        raise self.timed_out(f"within {self.deadline - self.begun:g} s") from self.fault
+    def _call(self, request: _Request) -> Any:
+        """What comes of a request in the end. Raises the fault that does not pass."""
+        retry = self._new_retry(request)
+        fault = None
+        while True:
+            if not self._wait(retry.next_attempt) and fault:
+                raise fault
+            outcome = self._attempt(request, retry.left_open)
+            if not isinstance(outcome, RunpollError):
+                return outcome
+            fault = outcome
+            self._sit_out(fault, retry.failed(fault, self._clock()))
 
-    def timed_out(self, when: str) -> PollTimeout:
-        seen = f"last status {self.state.status!r}" if self.state else "no status seen"
-        text = f"{self.name}: not ended {when} ({seen}); it goes on, and iter_status(session, error.params) resumes it"
-        return PollTimeout(self.clean(text), params=self.run, state=self.state)
+    def _found(self, look: _Request, gone: tuple[int, ...]) -> RunState | None:
+        """The state of a run; None where the API answers that it is gone."""
+        try:
+            return self._call(look)  # type: ignore[no-any-return]
+        except ApiError as error:
+            if error.http_status not in gone:
+                raise
+            return None
 
-    def retry_at(self, fault: RunpollError) -> float:
-        """When to try again after a fault, which is raised where that is never."""
-        session = self.session
-        now: float = session._clock()
-        status, after = getattr(fault, "http_status", 0), getattr(fault, "retry_after", None) or 0.0
-        if status == 401 and callable(session._key) and not self.renewed:
-            self.renewed = True
-            _log.warning("%s; asking for it again", fault)
-            return now
-        if fault._transient and now >= self.deadline - _TICK:
-            return now  # the deadline ended it, and is what is raised
-        lagging = status == 404 and self.state is not None and not self.polls
-        ends, safe = inf, True
-        if status != 429:  # which is no outage, and only delays
-            ends = self.since.setdefault(lagging, now) + (_REPLICA_LAG if lagging else self.max_outage)
-            safe = self.repeatable or not getattr(fault, "sent", True)
-        late = now >= ends or self.faults > self.retries + self.renewed or (self.retries < inf and after > _RETRY_AFTER_MOST)
-        if late or not safe or not (fault._transient or lagging):
-            raise fault
-        wait = min(after, _RETRY_AFTER_MOST) or min(
-            _RETRY_FIRST * 2 ** min(self.faults - 1, 9) * random.uniform(0.9, 1.1), _RETRY_MOST, ends - now)
-        if status == 429 or (status == 503 and after):
-            with session._lock:
-                session._held_until = max(session._held_until, now + wait)
-        _log.warning("%s; trying again in %.1f s", fault, wait)
-        return now + wait
+    def _refusal(self, cancel: _Request) -> RunpollError | None:
+        """Send a cancel: the error that says no to it. Raises what says nothing of it."""
+        try:
+            self._call(cancel)
+        except (ApiError, BadResponse) as error:
+            if error.transient or error.http_status == 401:
+                raise
+            return error
+        return None
 
-    def states(self) -> Generator[float | RunState, None, None]:
-        """Every state, each after the points to wait for."""
-        answered = due = self.begun
-        first = None
-        for index in itertools.count():
-            if index or not self.answer:
-                yield from self.answers(due)
-                answered, self.polls = self.session._clock(), self.polls + 1
-            elapsed, share, eta = answered - self.begun, self.answer.progress, None
-            if share is not None:
-                first = first or (share, elapsed)
-                gained, taken = share - first[0], elapsed - first[1]
-                eta = (1 - share) / (gained / taken) if gained > 0 and taken > 0 else None
-            self.state = self.answer = state = _but(self.answer, polls=self.polls, faults=self.faults, elapsed=elapsed, eta=eta)
-            yield state
-            if state.done:
-                return
-            due = answered + (min(state.retry_after or 0.0, _RETRY_AFTER_MOST) or self.interval(state, index))
+    def _new_retry(self, request: _Request, iterating: bool = False) -> _Retry:
+        lag_statuses = {401} if callable(self._api_key) else set()
+        return _Retry(request.repeatable, self._max_outage, lag_statuses, iterating)
 
-    def follow(self) -> Generator[RunState, None, None]:
-        """The states, waited for by the session's sleep."""
-        for step in self.states():
-            if isinstance(step, RunState):
-                yield step
-            elif self.session._nap(step):
-                return
+    def _sit_out(self, fault: RunpollError, due: float) -> None:
+        """Tell of a fault after which another try is due, and hold the session back if it asks."""
+        _log.warning("%s; trying again in %.1f s", fault, due - self._clock())
+        overloaded = isinstance(fault, ApiError) and fault.http_status == 503 and fault.retry_after
+        if overloaded or _is_rate_limit(fault):
+            with self._lock:
+                self._held_until = max(self._held_until, due)
+
+    def _wait(
+        self, next_attempt: Callable[[float, float], float], ask_always: bool = False
+    ) -> bool:
+        """Sleep until an attempt is due. False when `sleep` ends all.
+
+        `next_attempt` says when, given the clock and until when the session is held back. It is
+        asked again after each sleep, which may return early. With `ask_always`, `sleep` is asked
+        even where there is nothing to wait for.
+        """
+        asked = not ask_always
+        while True:
+            now = self._clock()
+            seconds = next_attempt(now, self._held_until) - now
+            if asked and seconds <= _TICK:
+                return True
+            if self._nap(seconds):
+                return False
+            asked = True
+
+    def _nap(self, seconds: float) -> bool:
+        """Sleep once; true when `sleep` ends what waits."""
+        if seconds <= 0 and self._sleep is time.sleep:
+            return False
+        return self._sleep(min(max(seconds, 0.0), threading.TIMEOUT_MAX)) is True
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Backoff(_Value):
-    """The default interval, a pure function of the state (and chance): one serves any number of runs.
+def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Headers that can be sent; http.client would show the value that it refuses."""
+    checked = {}
+    for name, value in (headers or {}).items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):  # RFC 9110 section 5.6.2
+            raise ValueError(f"{name!r} cannot be the name of a header")
+        if not re.fullmatch(r"[\t -~\xa0-\xff]*", value):
+            raise ValueError(f"the header {name!r} has a character that cannot be sent")
+        checked[name.title()] = value
+    return checked
 
-    The seconds grow from `initial` by `factor` a poll to `maximum`, give or take the share `jitter`. An `eta` cuts them
-    to its share `pace`, though not below `initial`; while PAUSED they are `paused`.
+
+def _at_least(least: float, name: str, value: Any) -> float:
+    """A number that is an argument, checked."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} has to be a number, not {type(value).__name__}")
+    if not value >= least:
+        raise ValueError(f"{name} has to be at least {least:g}, not {value!r}")
+    return value
+
+
+# ---- Following runs: knows when a run is polled, and nothing of HTTP.
+
+
+_LAST_LOOK = 0.1  # seconds before the deadline that are kept for a last poll, at least
+_Interval = Union[float, Callable[[RunState], float]]
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """The default interval: a pure function of the state (and chance), good for any number of runs.
+
+    Args:
+        initial: seconds, the first wait.
+        factor: by which the wait grows with each poll.
+        maximum: seconds, the longest wait.
+        jitter: each wait is up to this share longer or shorter, by chance.
+        pace: the longest wait as a share of the time that seems to be left, though that makes no
+            wait shorter than `initial`; None leaves progress out of it.
+        paused: seconds to wait while the run waits for a person.
     """
 
     initial: float = 1.0
@@ -1187,284 +1639,564 @@ class Backoff(_Value):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            _checked(name, 0.0 if (name, value) == ("pace", None) else value, most=1.0 if name == "jitter" else inf)
+            if name != "pace" or value is not None:
+                _at_least(0, name, value)
+        if self.jitter > 1:
+            raise ValueError(f"jitter has to be at most 1, not {self.jitter!r}")
 
     def __call__(self, state: RunState) -> float:
-        chance = random.uniform(1 - self.jitter, 1 + self.jitter)
+        jitter = random.uniform(1 - self.jitter, 1 + self.jitter)
         if state.phase is Phase.PAUSED:
-            return self.paused * chance
-        wait = self.maximum
-        with suppress(OverflowError):
-            wait = min(self.initial * self.factor ** max(0, state.polls - 1), wait)
-        wait = min(wait * chance, self.maximum)
-        return wait if self.pace is None or state.eta is None else min(wait, max(self.pace * state.eta, self.initial))
+            return self.paused * jitter
+        try:
+            grown = self.initial * self.factor ** max(0, state.polls - 1)
+        except OverflowError:  # after thousands of polls
+            grown = self.maximum
+        seconds = min(min(grown, self.maximum) * jitter, self.maximum)
+        if self.pace is None or state.eta is None:
+            return seconds
+        return min(seconds, max(self.pace * state.eta, self.initial))
 
 
-_Interval = Union[float, Sequence[float], Callable[[RunState], float]]
+class _Watch:
+    """When the next attempt at one run is due. It never waits and makes no request.
+
+    The deadline is held here: a due time is cut to a last look that just fits, and `next_attempt`
+    raises PollTimeout where no attempt can begin before the deadline any more.
+    """
+
+    def __init__(
+        self,
+        request: _Request,
+        retry: _Retry,
+        state: RunState | None,
+        interval: Callable[[RunState], float],
+        began: float,
+        timeout: float,
+    ) -> None:
+        self.request = request
+        self.retry = retry
+        self.state = state  # the last one seen, at first the one that was handed in
+        self.deadline = began + timeout
+        self._timeout = timeout
+        self._interval = interval
+        self._began = self._answered = self._due = began
+        self._polls = 0
+        self._last_look = self.deadline - _LAST_LOOK
+        self._fault: RunpollError | None = None  # the last one since a good answer
+        self._first_progress: tuple[float, float] | None = None  # of this iteration, and when
+
+    @property
+    def done(self) -> bool:
+        return self.state is not None and self.state.done
+
+    def next_attempt(self, now: float, held_until: float) -> float:
+        """When the next attempt is due. Raises PollTimeout where that is never."""
+        due = max(self._due, held_until)
+        if now + _TICK < self._last_look <= due:
+            return self._last_look  # no timeout is raised before, whatever holds us back
+        if max(now, due) + _TICK >= self.deadline:
+            raise self.timed_out() from self._fault
+        return due
+
+    def answered(self, state: RunState, asked: float, now: float) -> RunState:
+        """Take in a good answer, and return it as the caller sees it."""
+        self._polls += 1
+        self._answered = now
+        self._last_look = self.deadline - max(_LAST_LOOK, 2 * (now - asked))
+        elapsed = now - self._began
+        eta = self._eta(state.progress, elapsed)
+        faults = self.retry.faults
+        self.state = replace(state, polls=self._polls, faults=faults, elapsed=elapsed, eta=eta)
+        self.retry.succeeded()
+        self._fault = None
+        return self.state
+
+    def schedule(self, now: float) -> None:
+        """Set when the poll after the last state is due."""
+        if self.state:
+            told = min(self.state.retry_after or 0.0, _LONGEST_RETRY_AFTER)
+            self._set_due(self._answered + (told or self._interval(self.state)), now)
+
+    def failed(self, fault: RunpollError, now: float) -> float:
+        """When to try again after a fault. Raises it, or PollTimeout, where that is never."""
+        self._fault = fault
+        if fault.transient and now + _TICK >= self.deadline:
+            raise self.timed_out() from fault
+        due = self.retry.failed(fault, now)
+        self._set_due(due, now)
+        return due
+
+    def _set_due(self, due: float, now: float) -> None:
+        ahead = now + _TICK < self._last_look
+        self._due = min(due, self._last_look) if ahead else due
+
+    def _eta(self, progress: float | None, elapsed: float) -> float | None:
+        """Seconds that seem to be left, at the pace since this iteration's first poll."""
+        if progress is None:
+            return None
+        if self._first_progress is None:
+            self._first_progress = progress, elapsed
+        gained, taken = progress - self._first_progress[0], elapsed - self._first_progress[1]
+        return (1 - progress) * taken / gained if gained > 0 and taken > 0 else None
+
+    def timed_out(self, when: str = "") -> PollTimeout:
+        seen = f"last status {_excerpt(self.state.status)!r}" if self.state else "no status seen"
+        text = (
+            f"{self.request.name}: not ended {when or f'within {_rounded(self._timeout)} s'} "
+            f"({seen}); the run goes on, and iter_status(session, error.params) follows it again"
+        )
+        return PollTimeout(text, params=self.request.run, state=self.state)
 
 
-def iter_status(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
-                max_outage: float | None = 60.0) -> Generator[RunState, None, None]:
+def iter_status(
+    session: Session,
+    run: _Run,
+    *,
+    interval: _Interval = Backoff(),
+    timeout: float | None = 300.0,
+) -> Generator[RunState, None, None]:
     """Poll a run until it ends, and yield every state, the terminal one last.
 
     Args:
-        run: an id, path parameters or a status URL, polled at once; or a RunState, yielded first.
-        interval: seconds from a good answer to the next poll: a number, a sequence whose last repeats, or a callable of
-            the state. A Retry-After replaces it once.
-        timeout: seconds for all, from this call on; the last wait is cut so that one more poll fits.
-        max_outage: seconds for which faults are sat out, from the first on.
+        run: an id, a status URL or path parameters, polled at once; or a RunState, yielded first
+            without a request.
+        interval: seconds from a good answer to the next poll, or a callable of the state that
+            returns them. A Retry-After of the answer replaces it once, at most 120 s.
+        timeout: seconds for the whole iteration, from this call on. The last poll is made just
+            before they are over. None is no limit.
 
     Raises:
-        PollTimeout: `iter_status(session, error.params)` takes the run up again.
+        PollTimeout: the run goes on; `iter_status(session, error.params)` follows it again.
         RunpollError: a fault that does not pass.
     """
-    return _asks(session, [run], interval, timeout, max_outage)[0].follow()
+    watch = _watch_maker(session, interval, timeout, _begin(session))(run)
+    return _follow(session, watch)
 
 
-def wait(session: Session, run: _Run, *, interval: _Interval = Backoff(), timeout: float | None = 300.0,
-         max_outage: float | None = 60.0) -> RunState:
-    """The last state of `iter_status`, with its arguments and errors; PollTimeout, too, when `sleep` ends it."""
-    ask, = _asks(session, [run], interval, timeout, max_outage)
-    for state in ask.follow():
+def wait(
+    session: Session,
+    run: _Run,
+    *,
+    interval: _Interval = Backoff(),
+    timeout: float | None = 300.0,
+) -> RunState:
+    """The last state of `iter_status`, with its arguments and errors.
+
+    Raises PollTimeout, too, when the session's `sleep` ends the wait.
+    """
+    watch = _watch_maker(session, interval, timeout, _begin(session))(run)
+    for state in _follow(session, watch):
         if state.done:
             return state
-    raise ask.timed_out("when sleep() ended the wait") from ask.fault
+    raise watch.timed_out("when sleep() ended the wait")
 
 
-def _asks(session: Session, runs: Iterable[_Run], interval: _Interval, timeout: float | None,
-          max_outage: float | None) -> list[_Pursuit]:
-    """One for each run, however often it is given; the clock of the iteration starts here."""
-    if not hasattr(session, "_following"):
-        raise TypeError(f"session has to be a Session, not {type(session).__name__}")
-    begun = session._clock()
-    limits = {
-        "begun": begun,
-        "deadline": begun + _checked("timeout", inf if timeout is None else timeout, -inf),
-        "max_outage": _checked("max_outage", inf if max_outage is None else max_outage),
-        "interval": _waits(interval),
-    }
-    asks: dict[str, _Pursuit] = {}
-    for run in runs:
-        ask = _Pursuit(session, **session._following(run), **limits, answer=run if isinstance(run, RunState) else None)
-        asks.setdefault(ask.target, ask)
-    return list(asks.values())
+def iter_batch(
+    session: Session,
+    runs: Iterable[_Run],
+    *,
+    timeout: float | None,
+    interval: _Interval = Backoff(),
+    workers: int = 8,
+) -> Generator[RunState, None, None]:
+    """Poll many runs, each on its own schedule, and yield their states as they arrive.
 
-
-def _waits(interval: _Interval) -> Callable[[RunState, int], float]:
-    """The seconds to wait after a state, which is the how-manieth."""
-    def seconds(number: float) -> Any:
-        return min(_checked("interval", number), 1e9)  # no clock goes on for longer
-
-    if callable(interval):
-        return lambda state, _: seconds(interval(state))
-    numbers = [seconds(number) for number in (interval if isinstance(interval, Sequence) else [interval])]
-    last = _checked("the length of interval", len(numbers), 1) - 1
-    return lambda _, index: numbers[min(index, last)]
-
-
-# ---- Many runs at once
-
-
-def iter_batch(session: Session, runs: Iterable[_Run], *, timeout: float | None, interval: _Interval = Backoff(),
-               max_outage: float | None = 60.0, workers: int = 8) -> Generator[RunState, None, None]:
-    """Poll many runs until all have ended, each on its own schedule, and yield every state as it arrives.
-
-    Arguments are as in `iter_status`; `workers` requests, each in its thread, may be in flight.
+    `session`, `interval` and `timeout` are as for `iter_status`. Of `runs`, one given twice is
+    followed once. Up to `workers` requests, each in its thread, are in flight while the loop's body
+    runs.
 
     Raises:
-        BatchError: at the end, for the runs that could not be followed; at once where the key is refused (401).
-        PollTimeout: `iter_batch(session, error.runs, timeout=...)` takes the rest up again.
+        BatchError: at the end, with the errors of the runs that were not followed to their ends,
+            timeouts among them; at once where the key is refused (401).
     """
-    if isinstance(runs, (str, Mapping)):
+    began = _begin(session)
+    if isinstance(runs, (str, Mapping, RunState)):
         raise TypeError("runs has to be an iterable of runs; for one, use iter_status")
-    asks = _asks(session, runs, interval, timeout, max_outage)
-    return _batch(session, asks, _checked("workers", _typed("workers", workers, int), 1))
+    if not isinstance(workers, int):
+        raise TypeError(f"workers has to be an int, not {type(workers).__name__}")
+    _at_least(1, "workers", workers)
+    new_watch = _watch_maker(session, interval, timeout, began)
+    watches: dict[str, _Watch] = {}
+    for run in runs:
+        watch = new_watch(run)
+        watches.setdefault(watch.request.path, watch)
+    return _follow_all(session, list(watches.values()), workers)
 
 
-def _batch(session: Session, asks: list[_Pursuit], workers: int) -> Generator[RunState, None, None]:
-    """Workers resume the runs that are due; the consumer takes the states that come of it, and waits."""
-    steps = [ask.states() for ask in asks]
-    due = [*((ask.begun, index) for index, ask in enumerate(asks)), (inf, -1)]  # a heap that is never empty
-    ready: deque[tuple[int, RunState]] = deque()
-    errors: list[Any] = [None] * len(asks)
-    fatal: BaseException | None = None
-    changed, left, closed = threading.Condition(), len(due), False  # what is left and neither due nor ready is in flight
+def _begin(session: Session) -> float:
+    """The point on the clock at which an iteration begins."""
+    if not isinstance(session, Session):
+        raise TypeError(f"session has to be a Session, not {type(session).__name__}")
+    return session._clock()
 
-    def close(error: BaseException | None = None) -> None:
-        nonlocal fatal, closed
-        with changed:
-            fatal, closed = fatal or error, True
-            changed.notify_all()
 
-    def resume(index: int) -> None:
-        """Take a run's next step: a state, a point to wait for, or its end."""
-        nonlocal left
-        step, error = None, None
-        try:
-            step = next(steps[index], None)
-        except BaseException as caught:  # noqa: BLE001  # the consumer raises it
-            error = caught
-        with changed:
-            if isinstance(step, RunState):
-                ready.append((index, step))
-            elif step is not None:
-                heapq.heappush(due, (step, index))
-            else:
-                left -= 1
-            if error:
-                ours = getattr(error, "params", None) is asks[index].run  # or the caller's, of its key or its interval
-                errors[index] = error if ours else None
-                if not ours or getattr(error, "http_status", 0) == 401:
-                    close(error)
-            changed.notify_all()
-        if errors[index] and not isinstance(error, PollTimeout):
-            _log.warning("%s; the others go on", error)
+def _watch_maker(
+    session: Session, interval: _Interval, timeout: float | None, began: float
+) -> Callable[[_Run], _Watch]:
+    """What makes a watch of a run, its arguments checked."""
+    seconds = math.inf if timeout is None else _at_least(-math.inf, "timeout", timeout)
+    if not callable(interval):
+        _at_least(0, "interval", interval)
 
-    def work() -> None:
-        try:
-            while True:
-                with changed:
-                    while not closed and (wait := due[0][0] - session._clock()) >= _TICK:
-                        changed.wait(min(wait, threading.TIMEOUT_MAX))
-                    if closed:
-                        return
-                    index = heapq.heappop(due)[1]
-                resume(index)
-        except BaseException as caught:  # noqa: BLE001  # of the clock or a log handler; the consumer raises it
-            close(caught)
+    def checked_interval(state: RunState) -> float:
+        return _at_least(0, "interval", interval(state) if callable(interval) else interval)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in asks[:workers]]
-    try:
-        for thread in threads:
-            thread.start()
-        while True:
-            with changed:
-                while not (ready or closed or (left == len(due) and due[0][0] - session._clock() >= _TICK)):
-                    changed.notify_all()  # workers may have slept through a leap of the clock
-                    changed.wait()
-                index, state = ready.popleft() if ready else (-1, None)
-                until = inf if closed else due[0][0]
-            if state:
-                resume(index)  # no further than to when the next poll is due
-                if fatal and not isinstance(fatal, Exception):
-                    break  # Ctrl-C waits for no loop body
-                yield state
-            elif until == inf:
-                break
-            elif session._nap(until):
+    def new_watch(run: _Run) -> _Watch:
+        request = session._status_request(run)
+        retry = session._new_retry(request, iterating=True)
+        state = None
+        if isinstance(run, RunState):
+            state = replace(run, polls=0, faults=0, elapsed=0.0, eta=None)
+            retry.lag_statuses.add(404)  # a replica may not know yet what was just started
+        return _Watch(request, retry, state, checked_interval, began, seconds)
+
+    return new_watch
+
+
+def _follow(session: Session, watch: _Watch) -> Generator[RunState, None, None]:
+    """Ask the watch when, sleep until then, make an attempt, tell the watch what came of it."""
+    state = watch.state
+    while True:
+        if state:
+            yield state
+            if state.done:
                 return
+            watch.schedule(session._clock())
+        if not session._wait(watch.next_attempt, ask_always=True):
+            return
+        state = _taken_in(session, watch, *_look(session, watch))
+
+
+def _look(session: Session, watch: _Watch) -> tuple[Any, float, float]:
+    """What came of an attempt, a RunState or a RunpollError; when it was made, and when it came."""
+    asked = session._clock()
+    result = session._attempt(watch.request, watch.retry.left_open, watch.deadline)
+    return result, asked, session._clock()
+
+
+def _taken_in(
+    session: Session, watch: _Watch, result: Any, asked: float, came: float
+) -> RunState | None:
+    """The state that came; None for a fault that is sat out."""
+    if isinstance(result, RunpollError):
+        session._sit_out(result, watch.failed(result, came))
+        return None
+    return watch.answered(result, asked, came)
+
+
+# Many runs: the same watches under a heap of due times. The workers' threads only make attempts;
+# all else happens in the caller's thread, so that nothing needs a lock.
+
+
+def _follow_all(
+    session: Session, watches: list[_Watch], workers: int
+) -> Generator[RunState, None, None]:
+    batch = _Batch(session, watches, workers)
+    try:
+        for place, watch in enumerate(watches):
+            if watch.state:
+                yield watch.state
+            batch.schedule(place)
+        while batch.unfinished:
+            if not batch.send_due():
+                return
+            place, state = batch.receive()
+            if state:
+                yield state
+                batch.schedule(place)
     finally:
-        close()
-    for thread in threads if left == len(due) else ():  # none is in flight
-        thread.join()
-    late = [error for error in errors if isinstance(error, PollTimeout)]
-    broken = [error for error in errors if error and not isinstance(error, PollTimeout)]
-    if fatal and fatal not in broken:
-        raise fatal
-    if late and not fatal:
-        raise PollTimeout(
-            f"{len(late)} of {len(asks)} runs not ended; they go on, and iter_batch(session, error.runs, timeout=...) resumes "
-            f"them; the first: {late[0]}", errors=broken, runs=[error.params for error in late],
-            states=[error.state for error in late if error.state]) from late[0].__cause__
-    if broken:
-        first = "; ".join(map(str, broken[:3]))
-        raise BatchError(f"{len(broken)} of {len(asks)} runs could not be followed: {first}", errors=broken)
+        batch.close()
+    batch.raise_errors()
+
+
+class _Batch:
+    """The runs of a batch, by their places in it: due, in flight, or ended."""
+
+    def __init__(self, session: Session, watches: list[_Watch], workers: int) -> None:
+        self._session, self._watches, self._workers = session, watches, workers
+        self._due: list[tuple[float, int]] = []  # a heap
+        self._in_flight = 0
+        self._errors: dict[int, RunpollError] = {}
+        self._key_refused = False
+        self._threads: list[threading.Thread] = []
+        self._closed = threading.Event()
+        self._orders: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()  # place, what _look returned
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._due or self._in_flight) and not self._key_refused
+
+    def schedule(self, place: int) -> None:
+        """Once its state was handed out: queue a run for its next poll, if it has one."""
+        watch = self._watches[place]
+        if not watch.done:
+            watch.schedule(self._session._clock())
+            self._queue(place)
+
+    def send_due(self) -> bool:
+        """Hand what is due to idle workers. False when `sleep` ends all.
+
+        Sleeps until the next attempt is due where none is in flight.
+        """
+        session = self._session
+        while self._due and self._in_flight < self._workers:
+            seconds = self._due[0][0] - session._clock()
+            if seconds > _TICK and self._in_flight:
+                return True  # receive() waits for what comes first
+            if session._nap(seconds):
+                return False
+            if seconds <= _TICK:
+                self._queue(heapq.heappop(self._due)[1], send=True)
+        return True
+
+    def receive(self) -> tuple[int, RunState | None]:
+        """Wait for the outcome of an attempt, until the next is due; the run's state if it has."""
+        next_due = math.inf
+        if self._due and self._in_flight < self._workers:
+            next_due = self._due[0][0]
+        elif not self._in_flight:
+            next_due = -math.inf
+        seconds = min(max(next_due - self._session._clock(), 0.0), threading.TIMEOUT_MAX)
+        try:
+            place, outcome = self._outcomes.get(timeout=seconds)
+        except queue.Empty:
+            return -1, None
+        self._in_flight -= 1
+        if isinstance(outcome, BaseException):
+            raise outcome
+        try:
+            state = _taken_in(self._session, self._watches[place], *outcome)
+        except RunpollError as error:
+            self._errors[place] = error
+            self._key_refused = isinstance(error, ApiError) and error.http_status == 401
+            return place, None
+        if state is None:
+            self._queue(place)
+        return place, state
+
+    def close(self) -> None:
+        """Begin no further request; those in flight are left to end by themselves."""
+        self._closed.set()
+        for _ in self._threads:
+            self._orders.put(None)
+        for thread in self._threads if not self._in_flight else ():
+            thread.join()
+
+    def raise_errors(self) -> None:
+        errors = [self._errors[place] for place in sorted(self._errors)]
+        if errors:
+            of_all = f"{len(errors)} of {len(self._watches)} runs were not followed to their ends"
+            raise BatchError(f"{of_all}: {'; '.join(map(str, errors[:3]))}", errors=errors)
+
+    def _queue(self, place: int, send: bool = False) -> None:
+        """Keep a run until its next attempt is due; with `send`, send it if that is now."""
+        now = self._session._clock()
+        try:
+            due = self._watches[place].next_attempt(now, self._session._held_until)
+        except PollTimeout as error:
+            self._errors[place] = error
+            return
+        if not send or due > now + _TICK:
+            heapq.heappush(self._due, (due, place))
+            return
+        if self._in_flight == len(self._threads):
+            self._threads.append(threading.Thread(target=self._work, daemon=True))
+            self._threads[-1].start()
+        self._in_flight += 1
+        self._orders.put(place)
+
+    def _work(self) -> None:
+        """In a thread: make attempts, until the batch is closed."""
+        while True:
+            place = self._orders.get()
+            if place is None or self._closed.is_set():
+                return
+            try:
+                self._outcomes.put((place, _look(self._session, self._watches[place])))
+            except BaseException as error:  # for the caller's thread to raise
+                self._outcomes.put((place, error))
 
 
 # ---- The command line
 
 
-def _main() -> int:
-    """Follow a run to its end, and return the exit code."""
-    import argparse
-    import pathlib
-    import shlex
-    import shutil
+def main(argv: Sequence[str] | None = None) -> int:
+    """Follow a run to its end, as the command `runpoll RUN`, and return the exit code.
+
+    `argv` are the arguments, by default those of the process; `--help` describes them.
+    """
     import sys
-    import unicodedata
+
+    try:
+        options = _parsed_arguments(argv)
+    except SystemExit as ended:  # as argparse does after --help and wrong usage
+        return int(ended.code or 0)
+    live = bool(sys.stdout and sys.stdout.isatty()) and not options.json
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what the locale lacks
+    handler = logging.StreamHandler(sys.stderr)
+    clear = "\r\x1b[K" if live else ""
+    handler.setFormatter(logging.Formatter(f"{clear}runpoll: %(message)s"))
+    level = _log.level
+    _log.setLevel(logging.DEBUG if options.verbose else logging.WARNING)
+    _log.addHandler(handler)
+    try:
+        code, problem = _followed(options, live)
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(level)
+    if problem and sys.stderr:
+        print(f"runpoll: {problem}", file=sys.stderr)
+    return code
+
+
+def _parsed_arguments(argv: Sequence[str] | None) -> Any:
+    import argparse
 
     def pair(text: str) -> list[str]:
         if "=" not in text:
             raise argparse.ArgumentTypeError("it has to be NAME=VALUE")
         return text.split("=", 1)
 
+    def seconds(text: str) -> float:
+        try:
+            return _at_least(0, "it", float(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError("it has to be a number of seconds") from None
+
     parser = argparse.ArgumentParser(
-        prog="runpoll", description="Follow a remote run until it ends. The API key is read from RUNPOLL_API_KEY.",
-        epilog="exit code: 0 succeeded, 1 failed, 3 cancelled, 2 wrong usage, 5 API or transport error, 124 timed out, "
-               "130 interrupted")
-    parser.error = lambda message: parser.exit(2, f"runpoll: {message}; see runpoll --help\n")  # type: ignore[method-assign]
-    option = parser.add_argument
-    option("run", help="its id, or its status URL")
-    option("--api", default="rapidfolio", help="rapidfolio (default), doclo, dibby, onepin, or a JSON file of Api fields")
-    option("--base-url", metavar="URL", help="instead of the API's own")
-    for name, use in (("--param", "another path parameter"), ("--header", "sent with every request")):
-        option(name, metavar="NAME=VALUE", type=pair, action="append", default=[], help=use)
-    option("--interval", type=float, default=Backoff(), help="seconds between polls (default: they back off)")
-    option("--timeout", type=float, default=300.0, help="seconds for all (default: 300)")
-    option("--json", action="store_true", help="print each state as a line of JSON")
-    option("-v", "--verbose", action="store_true", help="log each poll")
-    option("--version", action="version", version=f"runpoll {__version__}")
-    args = parser.parse_args()
+        prog="runpoll",
+        description="Follow a remote run until it ends. The API key is read from RUNPOLL_API_KEY.",
+        epilog="Exit code: 0 succeeded, 1 failed, 3 cancelled, 2 wrong usage, 5 an API or "
+        "transport error, 124 timed out, 130 interrupted.",
+    )
+    add = parser.add_argument
+    pairs: dict[str, Any] = {"type": pair, "action": "append", "default": []}
+    add("run", metavar="RUN", help="its id, or its status URL")
+    add("--api", default="rapidfolio", help="rapidfolio (default), doclo, dibby, onepin, or a file")
+    add("--base-url", metavar="URL", help="instead of the API's own")
+    add("--param", metavar="NAME=VALUE", help="another parameter of the status path", **pairs)
+    add("--header", metavar="NAME=VALUE", help="sent with every request", **pairs)
+    add("--interval", type=seconds, default=Backoff(), help="seconds between polls")
+    add("--timeout", type=seconds, default=300.0, help="seconds for all (300); 0: no limit")
+    add("--json", action="store_true", help="print each state as a line of JSON")
+    add("--verbose", "-v", action="store_true", help="log each poll")
+    add("--version", action="version", version=f"runpoll {__version__}")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:  # not its value, which may be a secret
+        parser.error(f"unknown argument {unknown[0].partition('=')[0]!r}")
+    return options
 
-    nowhere = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None when they were closed
-    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not args.json
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # what the locale lacks
-    clear, end = ("\r\x1b[K", "") if live else ("", "\n")
-    logging.basicConfig(format=f"{clear}runpoll: %(message)s")
-    _log.setLevel("DEBUG" if args.verbose else "WARNING")
+
+def _followed(options: Any, live: bool) -> tuple[int, str]:
+    """Follow the run: the exit code, and what is to be said at the end."""
     key = os.environ.get("RUNPOLL_API_KEY")
-    built_in = {"rapidfolio": RAPIDFOLIO, "doclo": DOCLO, "dibby": DIBBY, "onepin": ONEPIN}
+    run = options.run
+    if "://" not in run:
+        run = {"run_id": run, **dict(options.param)}
+    timeout = options.timeout or None
     try:
-        api = built_in.get(args.api.lower()) or Api(**_json(pathlib.Path(args.api).read_bytes()))
-        session = Session(api, key, base_url=args.base_url, headers=dict(args.header))
-        run = args.run if args.run.startswith(("http://", "https://")) else {"run_id": args.run, **dict(args.param)}
-        states = iter_status(session, run, interval=args.interval, timeout=args.timeout)
-    except (OSError, ValueError, TypeError, BadResponse) as error:
-        parser.error(str(error))
-
-    def draw(state: RunState) -> str:
-        columns = shutil.get_terminal_size().columns
-        wide = min(20, columns // 4)
-        share = "" if state.progress is None else f"{state.progress:4.0%} "
-        bar = f"[{'#' * int((state.progress or 0) * wide):<{wide}}] " if live and share else ""
-        line = f"{state.phase:<9} {bar}{share}{_one_line(state.status)}"
-        if not live:
-            return line
-        left = f"{state.eta:.0f} s left, " if state.eta else ""
-        line = f"{line} ({left}{state.elapsed:.0f} s)"
-        while sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in line) >= columns:
-            line = line[:-1]
-        colour = {Phase.SUCCEEDED: 32, Phase.FAILED: 31, Phase.CANCELLED: 31, Phase.PAUSED: 33}.get(state.phase, 36)
-        return line if os.environ.get("NO_COLOR") else f"\x1b[{colour}m{line[:9]}\x1b[0m{line[9:]}"
-
-    state: Any = None
-    shown, code, problem = "", 5, ""
-    goes_on = f"the run goes on, and this resumes it: python -m runpoll {shlex.join(sys.argv[1:])}"
+        api = _named_api(options.api)
+        session = Session(api, key, base_url=options.base_url, headers=dict(options.header))
+        states = iter_status(session, run, interval=options.interval, timeout=timeout)
+    except (ValueError, TypeError) as error:
+        return 2, f"{error}; see runpoll --help"
+    goes_on = "the run goes on, and the same command follows it again"
     try:
         with session:
-            for state in states:
-                fields = {**vars(state), "error": state.error and vars(state.error)}
-                line = _dump(fields, ensure_ascii=True, default=datetime.isoformat) if args.json else draw(state)
-                if live or line != shown:  # as JSON, two states always differ
-                    print(f"{clear}{line}", end=end, flush=True)
-                shown = line
-        code = {Phase.SUCCEEDED: 0, Phase.FAILED: 1}.get(state.phase, 3)
-        state.result()
+            state = _print_states(states, live, options.json)
+        codes = {Phase.SUCCEEDED: 0, Phase.FAILED: 1, Phase.CANCELLED: 3}
+        problem = "" if state.ok else f"the run {state.phase}{_told(state.error)}"
+        return codes[state.phase], problem
     except PollTimeout as error:
-        code, problem = 124, f"{str(error).partition(';')[0]}; {goes_on}"
+        return 124, f"{str(error).partition(';')[0]}; {goes_on}"
     except RunpollError as error:
-        problem = f"{error} (RUNPOLL_API_KEY is not set)" if code == 5 and not key else str(error)
-    except (KeyboardInterrupt, OSError) as error:
-        code, problem = 130, f"interrupted; {goes_on}"
-        if isinstance(error, OSError):  # nobody reads the output, nor what is still to be flushed
-            os.dup2(nowhere.fileno(), 1)
-    if live and shown:
-        print()
-    if problem:
-        print(f"runpoll: {problem}", file=sys.stderr)
-    return code
+        return 5, f"{error}" if key else f"{error} (RUNPOLL_API_KEY is not set)"
+    except KeyboardInterrupt:
+        return 130, f"interrupted; {goes_on}"
+    except OSError as error:  # of the output
+        _discard_output()
+        broken = isinstance(error, BrokenPipeError)  # its reader has gone, and wants no more
+        return 130, "" if broken else f"the output failed ({error.strerror}); {goes_on}"
+
+
+def _discard_output() -> None:
+    """Send what is still to be flushed nowhere."""
+    import sys
+
+    with open(os.devnull, "w") as nowhere, suppress(OSError, ValueError):
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _named_api(name: str) -> Api:
+    built_in = {"rapidfolio": RAPIDFOLIO, "doclo": DOCLO, "dibby": DIBBY, "onepin": ONEPIN}
+    if name in built_in:
+        return built_in[name]
+    try:
+        with open(name, encoding="utf-8") as file:
+            return Api(**json.load(file))
+    except OSError as error:
+        known = ", ".join(built_in)
+        raise ValueError(f"--api {name!r} ({error.strerror}) is {known} or a JSON file") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--api {name!r}: {error}") from error
+
+
+def _print_states(states: Iterable[RunState], live: bool, as_json: bool) -> RunState:
+    """Print each state as it comes, and return the last."""
+    import shutil
+
+    state, shown = None, ""
+    try:
+        for state in states:
+            if as_json:
+                print(_json_line(state), flush=True)
+                continue
+            if live:
+                line = _progress_line(state, shutil.get_terminal_size().columns - 1)
+                print(f"\r{line}\x1b[K", end="", flush=True)
+            else:
+                line = _plain_line(state)
+                if line != shown:
+                    print(line, flush=True)
+            shown = line
+    finally:
+        if live and shown:
+            print()
+    assert state is not None  # iter_status ends with one, or raises
+    return state
+
+
+def _plain_line(state: RunState, bar: str = "") -> str:
+    share = "" if state.progress is None else f"{bar}{state.progress:4.0%} "
+    return f"{state.phase:<9} {share}{_excerpt(state.status)}"
+
+
+def _progress_line(state: RunState, columns: int) -> str:
+    """A line with a bar and the time, cut to so many columns."""
+    import unicodedata
+
+    size = min(20, columns // 4)
+    bar = f"[{'#' * int((state.progress or 0.0) * size):<{size}}] "
+    left = f"{state.eta:.0f} s left, " if state.eta and not state.done else ""
+    line = f"{_plain_line(state, bar)} ({left}{state.elapsed:.0f} s)"
+    widths = [2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in line]
+    while sum(widths) > columns:
+        widths.pop()
+    return line[: len(widths)]
+
+
+def _json_line(state: RunState) -> str:
+    """Every field; timestamps as ISO 8601, and what JSON has no number for as null."""
+
+    def plain(value: Any) -> Any:
+        return value.isoformat() if isinstance(value, datetime) else vars(value)
+
+    with_constants = json.dumps(vars(state), default=plain)
+    return json.dumps(json.loads(with_constants, parse_constant=lambda _: None))
 
 
 if __name__ == "__main__":
-    raise SystemExit(_main())
+    raise SystemExit(main())
