@@ -376,6 +376,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     What is 0, past or unreadable is None.
     """
     value = headers.get("retry-after", "").strip()
+    if not value:
+        return None
     if re.fullmatch(r"[0-9]{1,300}(\.[0-9]+)?", value):
         return float(value) or None
     until, answered = _http_date(value), _http_date(headers.get("date", ""))
@@ -819,7 +821,8 @@ class _HTTPConnection(HTTPConnection):
             super().connect()
         except ssl.CertificateError:
             raise
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            traceback.clear_frames(error.__traceback__)  # a proxy's answer would hold the socket
             raise exceptions.NewConnectionError(self, str(error)) from error
 
     def request(self, *args: Any, **kwargs: Any) -> None:
@@ -1067,7 +1070,7 @@ def _refused(attempt: _Attempt, answer: _Answer) -> RunpollError:
     with suppress(BadResponse, RecursionError):
         body = _parsed_json(text)
         info = _error_info(body)
-    info = info or ErrorInfo(_excerpt(text) or answer.reason or "no text")
+    info = info or ErrorInfo(_excerpt(text) or attempt.redacted(answer.reason) or "no text")
     retry_after = _retry_after(headers)
     request_id = headers.get("x-request-id") or headers.get("request-id")
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
@@ -1278,7 +1281,8 @@ class Session:
         }
         self._timeout = _at_least(_SHORTEST_TIMEOUT, "request_timeout", request_timeout)
         self._max_outage = _at_least(0, "max_outage", max_outage)
-        self._wire = _Wire(base, via, ssl_context, int(_at_least(0, "max_body", max_body)))
+        self._max_body = int(_at_least(0, "max_body", max_body))
+        self._wire = _Wire(base, via, ssl_context, self._max_body)
         self._sleep, self._clock = sleep, clock
         self._closed = False
         self._lock = threading.Lock()  # of what follows
@@ -1455,6 +1459,8 @@ class Session:
         except (*_UNREADABLE, RecursionError) as error:
             text = f"the answer could not be read ({type(error).__name__} in read_state)"
             raise BadResponse(text) from error
+        if not state.params:  # an override may leave them to us
+            state = replace(state, params={"run_id": state.id, **params})
         _log.debug("run %r: %r", state.id, state.status)
         if state.phase is Phase.UNKNOWN:
             self._warn_of_unknown_word(state)
@@ -1507,8 +1513,8 @@ class Session:
         except _NO_ANSWER as error:
             return _no_answer(attempt, error)
         if not answer.complete:
-            problem = BadResponse("the answer is larger than max_body", transient=False)
-            return _unreadable(attempt, answer, problem)
+            what = f"the answer is larger than max_body, {self._max_body} bytes"
+            return _unreadable(attempt, answer, BadResponse(what, transient=False))
         good = 200 <= answer.status < 300
         if good or answer.status in request.answer_statuses:
             try:
@@ -1683,7 +1689,7 @@ class _Watch:
         self._began = self._answered = self._due = began
         self._polls = 0
         self._last_look = self.deadline - _LAST_LOOK
-        self._fault: RunpollError | None = None  # the last one since a good answer
+        self.fault: RunpollError | None = None  # the last one since a good answer
         self._first_progress: tuple[float, float] | None = None  # of this iteration, and when
 
     @property
@@ -1696,7 +1702,7 @@ class _Watch:
         if now + _TICK < self._last_look <= due:
             return self._last_look  # no timeout is raised before, whatever holds us back
         if max(now, due) + _TICK >= self.deadline:
-            raise self.timed_out() from self._fault
+            raise self.timed_out() from self.fault
         return due
 
     def answered(self, state: RunState, asked: float, now: float) -> RunState:
@@ -1709,7 +1715,7 @@ class _Watch:
         faults = self.retry.faults
         self.state = replace(state, polls=self._polls, faults=faults, elapsed=elapsed, eta=eta)
         self.retry.succeeded()
-        self._fault = None
+        self.fault = None
         return self.state
 
     def schedule(self, now: float) -> None:
@@ -1720,7 +1726,7 @@ class _Watch:
 
     def failed(self, fault: RunpollError, now: float) -> float:
         """When to try again after a fault. Raises it, or PollTimeout, where that is never."""
-        self._fault = fault
+        self.fault = fault
         if fault.transient and now + _TICK >= self.deadline:
             raise self.timed_out() from fault
         due = self.retry.failed(fault, now)
@@ -1789,7 +1795,7 @@ def wait(
     for state in _follow(session, watch):
         if state.done:
             return state
-    raise watch.timed_out("when sleep() ended the wait")
+    raise watch.timed_out("when sleep() ended the wait") from watch.fault
 
 
 def iter_batch(
@@ -2107,9 +2113,12 @@ def _followed(options: Any, live: bool) -> tuple[int, str]:
     try:
         with session:
             state = _print_states(states, live, options.json)
-        codes = {Phase.SUCCEEDED: 0, Phase.FAILED: 1, Phase.CANCELLED: 3}
-        problem = "" if state.ok else f"the run {state.phase}{_told(state.error)}"
-        return codes[state.phase], problem
+        state.result()
+        return 0, ""
+    except RunFailed as error:
+        return 1, str(error)
+    except RunCancelled as error:
+        return 3, str(error)
     except PollTimeout as error:
         return 124, f"{str(error).partition(';')[0]}; {goes_on}"
     except RunpollError as error:
