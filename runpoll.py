@@ -978,7 +978,8 @@ _SHORTEST_SECRET = 8  # characters; a shorter key may be an ordinary word of any
 _BODY_SHOWN = 500  # characters of an answer that an error carries
 _TRY_LATER = "try again later"
 _ADVICE = {
-    401: "check the API key",
+    401: "check the API key, and the Api's auth_header and auth_scheme",
+    403: "check the API key and what it may do",
     404: "check the id, the base_url and whose key it is",
     408: _TRY_LATER,
     425: _TRY_LATER,
@@ -1103,7 +1104,7 @@ def _unreadable(attempt: _Attempt, answer: _Answer, problem: BadResponse) -> Run
     return attempt.fault(
         BadResponse,
         f"HTTP {answer.status}, but {problem}",
-        "check the base_url and the Api" if answer.complete else "raise max_body",
+        "check the base_url and the Api's root and fields" if answer.complete else "raise max_body",
         True,
         problem.__cause__,
         http_status=answer.status,

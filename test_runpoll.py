@@ -1629,6 +1629,14 @@ def test_a_closed_session_says_so_and_has_no_connection_open(lab):
     assert lab.server.closed_by_client()
 
 
+def test_the_end_of_a_with_block_closes_the_session(lab):
+    with lab.open(run()) as session:
+        session.poll("r1")
+    assert lab.server.closed_by_client()
+    with pytest.raises(RuntimeError):
+        session.poll("r1")
+
+
 def test_starts_from_several_threads_share_a_session(lab, simulator):
     session = lab.session(simulator.api("dibby"), **REAL)
     with ThreadPoolExecutor(8) as pool:
@@ -2753,6 +2761,17 @@ def test_the_states_of_many_runs_are_yielded_as_they_arrive(lab):
     assert lab.naps == [5, 5, 5]
 
 
+def workers_left() -> list[threading.Thread]:
+    """The threads that are no server's: runpoll's alone are daemons."""
+    return [thread for thread in threading.enumerate() if thread.daemon]
+
+
+def test_a_batch_that_has_ended_leaves_no_thread(lab):
+    session = fleet(lab, {name: ["done"] for name in "abcdefgh"})
+    assert len(list(iter_batch(session, list("abcdefgh"), timeout=60))) == 8
+    assert not workers_left()
+
+
 def test_a_batch_of_none_ends_at_once(lab):
     assert list(iter_batch(lab.session(), iter([]), timeout=1)) == [] and not lab.naps
 
@@ -2904,7 +2923,7 @@ def test_a_batch_that_is_left_begins_no_request_and_leaves_no_thread(lab, leave)
     settled = len(lab.requests)
     time.sleep(0.05)
     assert len(lab.requests) == settled
-    assert not [thread for thread in threading.enumerate() if "_work" in thread.name]
+    assert not workers_left()
 
 
 def test_a_batch_that_was_never_begun_has_no_thread_and_no_request(lab):
@@ -3056,7 +3075,10 @@ def test_a_timeout_of_0_is_no_limit(shell):
 def test_an_error_of_the_api_is_5_and_a_missing_key_is_named(shell, monkeypatch):
     assert shell(answers=[401])[::2] == (
         5,
-        ["runpoll: run r1 (GET /jobs/r1): HTTP 401: no. 401; check the API key"],
+        [
+            "runpoll: run r1 (GET /jobs/r1): HTTP 401: no. 401; check the API key, "
+            "and the Api's auth_header and auth_scheme"
+        ],
     )
     monkeypatch.delenv("RUNPOLL_API_KEY")
     assert shell(answers=[401])[2][0].endswith("(RUNPOLL_API_KEY is not set)")
