@@ -1993,16 +1993,16 @@ SLOW = {
 @pytest.mark.parametrize("slow", SLOW.values(), ids=SLOW)
 def test_the_request_timeout_bounds_one_attempt_however_it_drips(lab, way, slow):
     tls = way in ("tls", "tunnel")
-    options: dict[str, Any] = {"request_timeout": 0.3, "max_outage": 0}
+    options: dict[str, Any] = {"request_timeout": 0.2, "max_outage": 0}
     if tls:
         options["ssl_context"] = lab.trusting()
     if way in ("proxy", "tunnel"):
         options["proxy"] = lab.enter(Proxy()).url
     session = lab.open(slow, tls=tls, **options)
     begun = time.monotonic()
-    with pytest.raises(TransportError, match=r"no answer within 0\.3 s"):
+    with pytest.raises(TransportError, match=r"no answer within 0\.2 s"):
         session.poll("r1")
-    assert 0.29 < time.monotonic() - begun < 1.3
+    assert 0.19 < time.monotonic() - begun < 1.2
 
 
 def test_a_tls_handshake_that_hangs_has_sent_nothing(lab):
@@ -2918,12 +2918,11 @@ def test_a_batch_that_is_left_begins_no_request_and_leaves_no_thread(lab, leave)
     del states
     gc.collect()
     begun = len(lab.requests)
-    time.sleep(0.1)
-    assert len(lab.requests) <= begun + 1  # one may have been under way to the server
+    until(lambda: not workers_left())
     settled = len(lab.requests)
+    assert settled <= begun + 8  # those that were on their way to the server
     time.sleep(0.05)
     assert len(lab.requests) == settled
-    assert not workers_left()
 
 
 def test_a_batch_that_was_never_begun_has_no_thread_and_no_request(lab):
