@@ -559,15 +559,18 @@ class Api:
     answer_statuses: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        for name in ("base_url", "status", "start", "cancel", "root", "auth_header", "auth_scheme"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} has to be a str, not {getattr(self, name)!r}")
         _parsed_base_url(self.base_url)
-        unknown = sorted(self.fields.keys() - _USUAL_FIELDS.keys())
+        unknown = sorted(dict(self.fields).keys() - _USUAL_FIELDS.keys())
         if unknown:
             raise ValueError(f"fields names {unknown}; it may name {', '.join(_USUAL_FIELDS)}")
         if "run_id" not in self._paths["status"].names:
             raise ValueError(f"the status template has to name {{run_id}}: {self.status!r}")
         if self.cancel and set(self._paths["cancel"].names) - set(self._paths["status"].names):
             raise ValueError("the cancel template has a parameter that the status template lacks")
-        _ = self._phases, self._places  # what cannot be is refused here
+        _ = self._phases, self._places, tuple(self.answer_statuses)  # refuse here what cannot be
 
     @cached_property
     def _paths(self) -> dict[str, _PathTemplate]:
@@ -580,7 +583,7 @@ class Api:
 
     @cached_property
     def _phases(self) -> dict[str, Phase]:
-        own = {_normalized(word): Phase(phase) for word, phase in self.phases.items()}
+        own = {_normalized(word): Phase(phase) for word, phase in dict(self.phases).items()}
         return {**_USUAL_PHASES, **own}
 
     @cached_property
@@ -618,7 +621,7 @@ class Api:
         params = params or {}
         asked = "run_id" in params
         known: dict[str, Any] = {
-            name: params[name] for name in self._paths["status"].names if name in params
+            name: str(params[name]) for name in self._paths["status"].names if name in params
         }
         if found["id"] is None and not asked:
             known = self._params_from_location(known, lowered.get("location"), body)
@@ -1260,6 +1263,8 @@ class Session:
     ) -> None:
         if not isinstance(api, Api):
             raise TypeError(f"api has to be an Api, not {type(api).__name__}")
+        if not (callable(sleep) and callable(clock)):
+            raise TypeError("sleep and clock have to be callables")
         base = _parsed_base_url(api.base_url if base_url is None else base_url)
         via = _proxy_for(base, proxy)
         hops = [base, via] if via else [base]
@@ -1598,10 +1603,10 @@ class Session:
 def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     """Headers that can be sent; http.client would show the value that it refuses."""
     checked = {}
-    for name, value in (headers or {}).items():
+    for name, value in dict(headers or {}).items():
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):  # RFC 9110 section 5.6.2
             raise ValueError(f"{name!r} cannot be the name of a header")
-        if not re.fullmatch(r"[\t -~\xa0-\xff]*", value):
+        if not re.fullmatch(r"[ -~\xa0-\xff]*", value):
             raise ValueError(f"the header {name!r} has a character that cannot be sent")
         checked[name.title()] = value
     return checked

@@ -1268,6 +1268,25 @@ def test_an_api_that_cannot_work_is_refused_at_construction(options, text):
         dataclasses.replace(ORDINARY, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base_url": None},
+        {"status": 5},
+        {"root": ["a"]},
+        {"fields": 5},
+        {"fields": {"id": 5}},
+        {"phases": 5},
+        {"phases": {5: "failed"}},
+        {"answer_statuses": 504},
+        {"auth_scheme": None},
+    ],
+)
+def test_an_api_of_the_wrong_types_is_a_type_error(options):
+    with pytest.raises(TypeError):
+        dataclasses.replace(ORDINARY, **options)
+
+
 def test_read_state_reads_a_webhook_alone():
     state = runpoll.RAPIDFOLIO.read_state({"runId": "r1", "status": "completed", "output": 1})
     assert (state.params, state.result(), state.raw["runId"]) == ({"run_id": "r1"}, 1, "r1")
@@ -1591,6 +1610,7 @@ def test_a_cancel_by_another_method_and_with_a_body(lab):
         {"headers": {"a b": "c"}},
         {"headers": {"A": "b\nc"}},
         {"api_key": "a\nb"},
+        {"api_key": "a\tb"},
         {"api_key": "\u20ac"},
         {"proxy": "socks5://127.0.0.1:1"},
     ],
@@ -1602,7 +1622,15 @@ def test_a_session_that_cannot_work_is_refused(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"api": None}, {"api_key": 7}, {"max_outage": "1"}, {"request_timeout": True}]
+    "options",
+    [
+        {"api": None},
+        {"api_key": 7},
+        {"max_outage": "1"},
+        {"request_timeout": True},
+        {"sleep": 5},
+        {"headers": 5},
+    ],
 )
 def test_an_argument_of_the_wrong_type_is_a_type_error(options):
     with pytest.raises(TypeError):
