@@ -2004,6 +2004,19 @@ def test_a_connection_that_the_server_closed_is_replaced(lab):
     assert session.start().ok and len({request.connection for request in lab.requests}) == 2
 
 
+@pytest.mark.parametrize("way", ["plain", "tls", "tunnel"])
+def test_a_connection_that_has_been_idle_for_long_is_not_used(lab, monkeypatch, way):
+    monkeypatch.setattr(runpoll, "_IDLE_LIMIT", 0.05)  # instead of 15 s
+    options: dict[str, Any] = {"ssl_context": lab.trusting()} if way != "plain" else {}
+    if way == "tunnel":
+        options["proxy"] = lab.enter(Proxy()).url
+    session = lab.open(run(), tls=way != "plain", **options)
+    session.poll("r1")
+    time.sleep(0.1)
+    session.poll("r1")
+    assert [request.connection for request in lab.requests] == [1, 2]
+
+
 # ---- How long an attempt may take
 
 
