@@ -492,8 +492,11 @@ class _PathTemplate:
 
     def fill(self, params: Mapping[str, Any]) -> str:
         """The path; each value is encoded whole, so that it cannot change the rest."""
-        if sorted(params) != sorted(self.names):
-            raise TypeError(f"{self.path!r} takes {self.names}, not {sorted(params)}")
+        missing = [name for name in self.names if name not in params]
+        unknown = [name for name in params if name not in self.names]
+        if missing or unknown:
+            wrong = f"lacks the parameter {missing[0]!r}" if missing else f"has no {unknown[0]!r}"
+            raise TypeError(f"the path {self.path!r} {wrong}")
         return _PARAMETER.sub(lambda found: _encoded(found[1], params[found[1]]), self.path)
 
     def match(self, url: str) -> dict[str, str] | None:

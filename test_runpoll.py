@@ -1473,10 +1473,17 @@ def test_parameters_of_the_start_alone_are_no_part_of_the_handle(lab):
     assert lab.asked == ["POST /a/jobs"]
 
 
-@pytest.mark.parametrize("params", [{}, {"team": "a", "other": "b"}, {"other": "b"}])
-def test_missing_and_unknown_start_parameters_are_named(lab, params):
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({}, "the path '/{team}/jobs' lacks the parameter 'team'"),
+        ({"other": "b"}, "lacks the parameter 'team'"),
+        ({"team": "a", "other": "b"}, "has no 'other'"),
+    ],
+)
+def test_missing_and_unknown_start_parameters_are_named(lab, params, text):
     session = lab.open(run(), api=dataclasses.replace(ORDINARY, start="/{team}/jobs"))
-    with pytest.raises(TypeError, match="team"):
+    with pytest.raises(TypeError, match=re.escape(text)):
         session.start(**params)
     assert not lab.requests
 
@@ -2509,11 +2516,19 @@ def test_the_time_that_the_loop_body_takes_is_part_of_the_interval(lab, body, na
     assert lab.naps == naps and len(lab.requests) == 3
 
 
-def test_the_real_clock_is_wired(lab):
-    session = lab.open(run(), DONE, **REAL)
+def test_the_real_clock_is_wired_and_a_wait_is_no_busy_loop(lab):
+    looks = 0
+
+    def clock() -> float:
+        nonlocal looks
+        looks += 1
+        return time.monotonic()
+
+    session = lab.open(run(), DONE, sleep=time.sleep, clock=clock)
     begun = time.monotonic()
     wait(session, "r1", interval=0.05)
     assert time.monotonic() - begun >= 0.05
+    assert looks < 40
 
 
 # ---- A sleep that ends what waits
@@ -3133,7 +3148,7 @@ def test_an_error_of_the_api_is_5_and_a_missing_key_is_named(shell, monkeypatch)
         (["--param", "secret"], "--param: it has to be NAME=VALUE"),
         (["--header", "secret"], "--header: it has to be NAME=VALUE"),
         (["--header", "A=sec\nret"], "the header 'A' has a character"),
-        (["--param", "b=c"], "'/jobs/{run_id}' takes ['run_id'], not ['b', 'run_id']"),
+        (["--param", "b=c"], "the path '/jobs/{run_id}' has no 'b'; see runpoll --help"),
         (["--base-url", "ftp://a"], "a base_url begins with https://"),
         (["--headers=secret"], "unknown argument '--headers'"),
     ],
