@@ -1077,7 +1077,10 @@ def _refused(attempt: _Attempt, answer: _Answer) -> RunpollError:
     with suppress(BadResponse, RecursionError):
         body = _parsed_json(text)
         info = _error_info(body)
-    info = info or ErrorInfo(_excerpt(text) or attempt.redacted(answer.reason) or "no text")
+    said = _excerpt(text)
+    if not said or said.startswith("<"):  # the first line of a gateway's page tells nothing
+        said = f"{attempt.redacted(answer.reason)} {said}".strip()
+    info = info or ErrorInfo(said or "no text")
     retry_after = _retry_after(headers)
     request_id = headers.get("x-request-id") or headers.get("request-id")
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)

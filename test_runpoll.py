@@ -2316,7 +2316,7 @@ def test_an_api_error_carries_what_the_answer_said(lab):
         (500, "try again later"),
         (answer(None, 503, {"Retry-After": "1800"}), "in 1800 s as it says"),
         (answer(None, 400), "HTTP 400: Bad Request"),
-        (answer(b"\n <html>\x1b[31m\nx", 400), r"HTTP 400: <html> \[31m;"),
+        (answer(b"\n <html>\x1b[31m\nx", 400), r"HTTP 400: Bad Request <html> \[31m;"),
         (answer(b"<html>"), "check the base_url and the Api"),
     ],
 )
