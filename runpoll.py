@@ -854,10 +854,10 @@ class _HTTPPool(HTTPConnectionPool):
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         conn: Any = super()._get_conn(timeout)
-        if time.monotonic() - conn.idle_since <= _IDLE_LIMIT:
-            return conn
-        conn.close()
-        return self._get_conn(timeout)
+        while time.monotonic() - conn.idle_since > _IDLE_LIMIT:
+            conn.close()
+            conn = super()._get_conn(timeout)
+        return conn
 
 
 class _HTTPSPool(_HTTPPool, HTTPSConnectionPool):
@@ -890,7 +890,7 @@ class _Wire:
     """Sends requests to one origin, perhaps through a proxy."""
 
     def __init__(
-        self, base: Url, proxy: Url | None, ssl_context: ssl.SSLContext | None, max_body: int
+        self, base: Url, proxy: Url | None, ssl_context: ssl.SSLContext | None, max_body: float
     ) -> None:
         options: dict[str, Any] = {"maxsize": 0}  # keeps every connection
         if ssl_context:
@@ -1086,7 +1086,10 @@ def _refused(attempt: _Attempt, answer: _Answer) -> RunpollError:
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
 
     what = f"HTTP {status}: {_excerpt(info.message)}"
-    advice = _ADVICE.get(status, _TRY_LATER if status >= 500 else "unchanged it will fail again")
+    transient = _passes(status, retry_after)
+    advice = _ADVICE.get(status, _TRY_LATER if transient else "unchanged it will fail again")
+    if status == 403 and transient:
+        advice = _ADVICE[429]
     if request_id:
         what += f" (request {_excerpt(request_id)})"
     if status < 400:
@@ -1104,7 +1107,7 @@ def _refused(attempt: _Attempt, answer: _Answer) -> RunpollError:
         body=text[:_BODY_SHOWN],
         request_id=request_id,
         retry_after=retry_after,
-        transient=_passes(status, retry_after),
+        transient=transient,
     )
 
 
@@ -1293,7 +1296,7 @@ class Session:
         }
         self._timeout = _at_least(_SHORTEST_TIMEOUT, "request_timeout", request_timeout)
         self._max_outage = _at_least(0, "max_outage", max_outage)
-        self._max_body = int(_at_least(0, "max_body", max_body))
+        self._max_body = _at_least(0, "max_body", max_body)
         self._wire = _Wire(base, via, ssl_context, self._max_body)
         self._sleep, self._clock = sleep, clock
         self._closed = False
@@ -2006,6 +2009,8 @@ class _Batch:
         errors = [self._errors[place] for place in sorted(self._errors)]
         if errors:
             of_all = f"{len(errors)} of {len(self._watches)} runs were not followed to their ends"
+            if self._key_refused:
+                of_all = "the key was refused, and no run is followed any more"
             raise BatchError(f"{of_all}: {'; '.join(map(str, errors[:3]))}", errors=errors)
 
     def _queue(self, place: int, send: bool = False) -> None:

@@ -2314,6 +2314,8 @@ def test_an_api_error_carries_what_the_answer_said(lab):
         (404, "check the id, the base_url and whose key it is"),
         (429, "ask less often"),
         (500, "try again later"),
+        (501, "unchanged it will fail again"),
+        (answer(None, 403, {"Retry-After": "9"}), "ask less often, in 9 s as it says"),
         (answer(None, 503, {"Retry-After": "1800"}), "in 1800 s as it says"),
         (answer(None, 400), "HTTP 400: Bad Request"),
         (answer(b"\n <html>\x1b[31m\nx", 400), r"HTTP 400: Bad Request <html> \[31m;"),
@@ -2919,6 +2921,16 @@ def test_a_refused_key_ends_a_batch_at_once(lab):
     session = fleet(lab, {"a": [401], "b": ["running"]})
     errors = errors_of(iter_batch(session, ["a", "b"], timeout=None))
     assert [error.http_status for error in errors] == [401]
+
+
+def test_a_batch_of_a_refused_key_says_that_no_run_is_followed(lab):
+    session = fleet(lab, {"a": [401], "b": ["running"]})
+    with pytest.raises(BatchError, match="the key was refused, and no run is followed any more"):
+        list(iter_batch(session, ["a", "b"], timeout=None))
+
+
+def test_a_max_body_of_infinity_is_no_limit(lab):
+    assert lab.open(DONE, max_body=math.inf).poll("r1").ok
 
 
 def test_a_rate_limit_holds_back_all_runs_of_a_batch(lab):
