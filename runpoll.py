@@ -509,11 +509,12 @@ class _PathTemplate:
         except ValueError:
             return None
         path, _, query = self.path.partition("?")
-        target = parts.path
+        target, value, rest = parts.path, "([^/]+)", "/*"
         if "{" in query:
             path, target = self.path, f"{parts.path}?{parts.query}"
+            value, rest = "([^/?&]+)", "(?:&.*)?"
         pieces = map(re.escape, _PARAMETER.split(path.strip("/"))[::2])
-        found = re.fullmatch(r"(?:.*/)?" + r"([^/?&]+)".join(pieces) + r"(?:/*|&.*)", target)
+        found = re.fullmatch("(?:.*/)?" + value.join(pieces) + rest, target)
         values = [unquote(value) for value in found.groups()] if found else []
         return dict(zip(self.names, values)) if values and not _DOTS.intersection(values) else None
 

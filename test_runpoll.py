@@ -1437,6 +1437,7 @@ def test_every_kind_of_handle_names_the_same_run(lab):
         ("/jobs/{run_id}", "http://10.0.0.7:8080/jobs/42", "42"),  # R5
         ("/jobs/{run_id}", "https://api.example.com/v2/jobs/42/?wait=1#x", "42"),
         ("/jobs/{run_id}", "jobs/a%2Fb", "a/b"),
+        ("/jobs/{run_id}", "/jobs/a&b", "a&b"),
         ("/jobs/{run_id}/state", "/jobs/42/state", "42"),
         ("/jobs?id={run_id}", "/jobs?id=42&a=b", "42"),
         ("/jobs/{run_id}?v=1", "/jobs/42", "42"),
