@@ -694,7 +694,7 @@ class Api:
 
 def _parsed_base_url(url: str) -> Url:
     base = parse_url(url)
-    if base.scheme not in ("http", "https") or not base.host:
+    if base.scheme not in ("http", "https") or not base.host or re.search(r"\s", url):
         raise ValueError(f"a base_url begins with https:// (or http://) and a host, not as {url!r}")
     if base.auth or base.query or base.fragment:
         raise ValueError("a base_url has no user, query or fragment")
@@ -782,7 +782,7 @@ ONEPIN = Api(
 
 _IDLE_LIMIT = 15.0  # seconds; what is idle for longer, servers and middleboxes close unseen
 _CHUNK = 2**16  # bytes of an answer that are read at once
-_PACKED_CHUNK = 2**14  # and of a gzipped one, which may unpack to a thousand times as many
+_PACKED_CHUNK = 2**12  # and of a gzipped one, which may unpack to a thousand times as many
 _ONE_ATTEMPT = urllib3.Retry(False, redirect=False)
 _NO_ANSWER = (exceptions.HTTPError, http.client.HTTPException, OSError)
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")

@@ -1260,6 +1260,7 @@ def test_a_callable_field_that_raises_finds_nothing(fault):
         ({"base_url": "api.example.com"}, "base_url"),
         ({"base_url": "ftp://api.example.com"}, "base_url"),
         ({"base_url": "https://user:pw@api.example.com"}, "base_url"),
+        ({"base_url": "https://api example.com"}, "api example.com"),
         ({"base_url": "https://api.example.com?a=b"}, "base_url"),
     ],
 )
