@@ -42,7 +42,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar, Union, overload
 from urllib.parse import quote, unquote, urlsplit
 
@@ -232,23 +232,18 @@ class RunState:
         """
         if self.ok:
             return self.output if decode is None else decode(self.output)
-        kind: type[RunpollError] = RunNotDone
-        what = f"has not ended (status {_excerpt(self.status)!r}); follow it with iter_status()"
-        if self.phase is Phase.FAILED:
-            kind, what = RunFailed, "failed"
-        elif self.phase is Phase.CANCELLED:
-            kind, what = RunCancelled, "was cancelled"
-        text = f"run {_excerpt(self.id)} {what}{_told(self.error)}"
+        open_end = f"has not ended (status {_excerpt(self.status)!r}); follow it with iter_status()"
+        endings: dict[Phase, tuple[type[RunpollError], str]] = {
+            Phase.FAILED: (RunFailed, "failed"),
+            Phase.CANCELLED: (RunCancelled, "was cancelled"),
+        }
+        kind, what = endings.get(self.phase, (RunNotDone, open_end))
+        text = f"run {_excerpt(self.id)} {what}"
+        if self.error:
+            text += f": {_excerpt(self.error.message)}"
+            text += f", in the step {_excerpt(self.error.step)!r}" if self.error.step else ""
+            text += f" (code {_excerpt(self.error.code)})" if self.error.code else ""
         raise kind(text, params=self.params, state=self)
-
-
-def _told(error: ErrorInfo | None) -> str:
-    """What an API says of the end of a run, for a sentence."""
-    if error is None:
-        return ""
-    step = f", in the step {_excerpt(error.step)!r}" if error.step else ""
-    code = f" (code {_excerpt(error.code)})" if error.code else ""
-    return f": {_excerpt(error.message)}{step}{code}"
 
 
 def _excerpt(text: str, length: int = 200) -> str:
@@ -298,27 +293,17 @@ def _instant(value: Any) -> datetime | None:
     """RFC 3339, or Unix time in seconds or milliseconds; without an offset it is UTC."""
     if isinstance(value, datetime):  # a callable of the Api's has read it
         value = value.isoformat()
-    if isinstance(value, str):
-        return _parsed_instant(value)
     number = _seconds(value)
-    if number is None:
-        return None
+    found = _RFC_3339.fullmatch(value) if isinstance(value, str) else None
     with suppress(ValueError, OverflowError, OSError):
-        seconds = number if number < _MILLISECONDS_FROM else number / 1000
-        return datetime.fromtimestamp(seconds, timezone.utc)
-    return None
-
-
-@lru_cache(maxsize=256)  # most answers of a run bring the same ones again
-def _parsed_instant(text: str) -> datetime | None:
-    found = _RFC_3339.fullmatch(text)
-    if not found:
-        return None
-    date, clock, fraction, hours, minutes = found.groups()
-    # The form that Python 3.9 reads, too.
-    exact = f"{date}T{clock}.{fraction or '0':0<6.6}{hours or '+00'}:{minutes or '00'}"
-    with suppress(ValueError, OverflowError):
-        return datetime.fromisoformat(exact).astimezone(timezone.utc)
+        if number is not None:
+            seconds = number if number < _MILLISECONDS_FROM else number / 1000
+            return datetime.fromtimestamp(seconds, timezone.utc)
+        if found:
+            date, clock, fraction, hours, minutes = found.groups()
+            # The form that Python 3.9 reads, too.
+            exact = f"{date}T{clock}.{fraction or '0':0<6.6}{hours or '+00'}:{minutes or '00'}"
+            return datetime.fromisoformat(exact).astimezone(timezone.utc)
     return None
 
 
@@ -428,7 +413,7 @@ _USUAL_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 _Field = Union[str, Sequence[str], Callable[[Any], Any]]
 _Run = Union[str, Mapping[str, Any], RunState]
-_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError)  # out of a caller's own reader
+_READER_ERRORS = (LookupError, TypeError, ValueError, AttributeError)  # of a caller's own code
 
 
 def _normalized(word: str) -> str:
@@ -502,19 +487,19 @@ class _PathTemplate:
     def match(self, url: str) -> dict[str, str] | None:
         """The parameters of a URL that ends in this path; None where it does not.
 
-        Neither the origin nor a trailing slash matters, nor a query that has no parameter here.
+        Its origin, a trailing slash and a query in which no parameter stands do not matter.
         """
         try:
             parts = urlsplit(url)
         except ValueError:
             return None
-        path, _, query = self.path.partition("?")
+        template, _, query = self.path.partition("?")
         target, value, rest = parts.path, "([^/]+)", "/*"
         if "{" in query:
-            path, target = self.path, f"{parts.path}?{parts.query}"
+            template, target = self.path, f"{parts.path}?{parts.query}"
             value, rest = "([^/?&]+)", "(?:&.*)?"
-        pieces = map(re.escape, _PARAMETER.split(path.strip("/"))[::2])
-        found = re.fullmatch("(?:.*/)?" + value.join(pieces) + rest, target)
+        plain = map(re.escape, _PARAMETER.split(template.strip("/"))[::2])
+        found = re.fullmatch("(?:.*/)?" + value.join(plain) + rest, target)
         values = [unquote(value) for value in found.groups()] if found else []
         return dict(zip(self.names, values)) if values and not _DOTS.intersection(values) else None
 
@@ -621,7 +606,7 @@ class Api:
             BadResponse: the answer names no run, or has no status of the run that was asked for.
         """
         lowered = _lowered(headers)
-        found = self._found(body)
+        found = self._read_fields(body)
         params = params or {}
         asked = "run_id" in params
         known: dict[str, Any] = {
@@ -635,7 +620,7 @@ class Api:
         listed = found["status"] is not None and phase is not Phase.UNKNOWN
         is_state = 200 <= http_status < 300 or (listed and found["id"] == run_id)
         if not is_state or (asked and found["status"] is None):
-            text = f"the answer has no status of the run{_said(body)}"
+            text = f"the answer has no status of the run{_what_it_says(body)}"
             raise BadResponse(text, params=known, http_status=http_status)
         found["id"] = found["id"] or run_id
         found["status"] = found["status"] or ""
@@ -646,7 +631,7 @@ class Api:
         after = _retry_after(lowered)
         return RunState(**found, phase=phase, params=known, raw=body, retry_after=after)
 
-    def _found(self, body: Any) -> dict[str, Any]:
+    def _read_fields(self, body: Any) -> dict[str, Any]:
         """Each field of the run in a body, None where it is not."""
         run = _first_value(body, _split_paths(self.root), _anything) if self.root else body
         found: dict[str, Any] = {}
@@ -656,26 +641,26 @@ class Api:
                 found[name] = _first_value(run, place, read)
                 continue
             found[name] = None
-            with suppress(*_UNREADABLE):
+            with suppress(*_READER_ERRORS):
                 found[name] = read(place(run))
         return found
 
     def _phase(self, status: str | None) -> Phase:
         if status is None:
             return Phase.PENDING  # a start that says no more than which run it began
-        return self._phases.get(status) or self._phases.get(_normalized(status), Phase.UNKNOWN)
+        return self._phases.get(_normalized(status), Phase.UNKNOWN)
 
     def _params_from_location(
         self, known: dict[str, str], location: str | None, body: Any
     ) -> dict[str, str]:
         """The parameters of a run that an answer names by its Location alone."""
         if location is None:
-            raise BadResponse(f"the answer has no id of a run{_said(body)}")
+            raise BadResponse(f"the answer has no id of a run{_what_it_says(body)}")
         found = self._paths["status"].match(location)
         if found is None or any(found[name] != value for name, value in known.items()):
             raise BadResponse(
                 f"the answer has no id of a run, and its Location {_without_query(location)} does "
-                f"not end as {self.status!r}{_said(body)}"
+                f"not end as {self.status!r}{_what_it_says(body)}"
             )
         return found
 
@@ -705,8 +690,8 @@ def _without_query(url: str) -> str:
     return _excerpt(url.partition("?")[0])
 
 
-def _said(body: Any) -> str:
-    """What an answer that should have been a state says of an error, for a sentence."""
+def _what_it_says(body: Any) -> str:
+    """What an answer that should have been a state says of an error, to end a sentence."""
     error = _error_in(body) if isinstance(body, dict) else None
     return f"; it says: {_excerpt(error.message)}" if error else ""
 
@@ -737,11 +722,6 @@ def _progress(found: dict[str, Any], phase: Phase) -> float | None:
 # ---- The built-in APIs, as their documents describe them
 
 
-def _doclo_duration(run: Any) -> Any:
-    """Seconds; both figures of Doclo are milliseconds."""
-    return (run.get("duration") or run["metrics"]["durationMs"]) / 1000
-
-
 RAPIDFOLIO = Api(
     base_url="https://run.rapidfolio.com",
     start="/v1/procedures/{procedure_id}/{environment}",
@@ -756,7 +736,8 @@ DOCLO = Api(
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
     fields={
-        "duration": _doclo_duration,
+        # Both figures are milliseconds.
+        "duration": lambda run: (run.get("duration") or run["metrics"]["durationMs"]) / 1000,
         "steps_done": "metrics.stepsRun",
         "steps_total": "metrics.stepsTotal",
         "progress": "progress.percentage",
@@ -883,8 +864,7 @@ class _Answer(NamedTuple):
     status: int
     reason: str
     headers: Mapping[str, str]
-    body: bytes
-    complete: bool  # False where the body is larger than max_body
+    body: bytes  # larger than max_body where it was not read to its end
 
 
 class _Wire:
@@ -938,8 +918,7 @@ class _Wire:
             if not response.isclosed():
                 response.close()  # what follows must not be taken for the next answer
             response.release_conn()
-        complete = len(content) <= self._max_body
-        return _Answer(response.status, response.reason or "", response.headers, content, complete)
+        return _Answer(response.status, response.reason or "", response.headers, content)
 
     def _content(self, response: Any) -> bytes:
         """The whole body, unpacked, or more than `max_body` bytes of it."""
@@ -988,9 +967,6 @@ _ADVICE = {
     401: "check the API key, and the Api's auth_header and auth_scheme",
     403: "check the API key and what it may do",
     404: "check the id, the base_url and whose key it is",
-    408: _TRY_LATER,
-    425: _TRY_LATER,
-    429: "ask less often",
 }
 
 
@@ -1010,6 +986,14 @@ class _Request(NamedTuple):
     repeatable: bool = False  # even where an earlier attempt may have arrived
 
 
+class _Outcome(NamedTuple):
+    """What came of an attempt, and when on the clock it was made."""
+
+    value: Any  # what `_Request.read` made of the answer, or the RunpollError
+    began: float
+    ended: float
+
+
 class _Attempt(NamedTuple):
     """One attempt at a request, for texts to tell of it."""
 
@@ -1017,20 +1001,20 @@ class _Attempt(NamedTuple):
     key: str
     connect_seconds: float
     seconds: float
-    left_open: bool  # an earlier one may have begun what is asked for
+    may_have_begun: bool  # what is asked for, by an earlier attempt
 
     def fault(
         self,
         kind: type[RunpollError],
         what: str,
         advice: str,
-        begun: bool,  # the server may have done what was asked
+        begun: bool,  # whether this attempt may have begun what is asked for
         cause: BaseException | None = None,
         **attributes: Any,
     ) -> RunpollError:
         """The error for what went wrong. Neither its text nor its cause shows the key."""
         text = f"{self.request.name}: {what}; {advice}"
-        if self.request.starts and (begun or self.left_open):
+        if self.request.starts and (begun or self.may_have_begun):
             text += "; a run may have begun: look before you start it again"
         elif self.request.starts:
             text += "; no run has begun"
@@ -1044,7 +1028,7 @@ class _Attempt(NamedTuple):
         return text.replace(self.key, "[key]") if len(self.key) >= _SHORTEST_SECRET else text
 
 
-def _no_answer(attempt: _Attempt, error: BaseException) -> RunpollError:
+def _transport_error(attempt: _Attempt, error: BaseException) -> RunpollError:
     """The error for what urllib3 raised instead of an answer."""
     fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
     reason = _innermost(fault)
@@ -1060,7 +1044,7 @@ def _no_answer(attempt: _Attempt, error: BaseException) -> RunpollError:
         what = f"no answer within {_rounded(attempt.seconds)} s"
         if not sent:
             what = f"no connection within {_rounded(attempt.connect_seconds)} s"
-    facts = {"sent": sent or attempt.left_open, "transient": not untrusted}
+    facts = {"sent": sent or attempt.may_have_begun, "transient": not untrusted}
     return attempt.fault(TransportError, what, advice, sent, error, **facts)
 
 
@@ -1070,10 +1054,12 @@ def _innermost(error: BaseException) -> BaseException:
     return _innermost(inner) if inner else error
 
 
-def _refused(attempt: _Attempt, answer: _Answer) -> RunpollError:
+def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
     """The error for an HTTP error or a redirect."""
     status, text = answer.status, attempt.redacted(_decoded(answer.body))
     headers = {name: attempt.redacted(value) for name, value in _lowered(answer.headers).items()}
+    retry_after = _retry_after(headers)
+    transient = _is_transient_status(status, retry_after)
     body = info = None
     with suppress(BadResponse, RecursionError):
         body = _parsed_json(text)
@@ -1082,26 +1068,18 @@ def _refused(attempt: _Attempt, answer: _Answer) -> RunpollError:
     if not said or said.startswith("<"):  # the first line of a gateway's page tells nothing
         said = f"{attempt.redacted(answer.reason)} {said}".strip()
     info = info or ErrorInfo(said or "no text")
-    retry_after = _retry_after(headers)
     request_id = headers.get("x-request-id") or headers.get("request-id")
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
 
     what = f"HTTP {status}: {_excerpt(info.message)}"
-    transient = _passes(status, retry_after)
-    advice = _ADVICE.get(status, _TRY_LATER if transient else "unchanged it will fail again")
-    if status == 403 and transient:
-        advice = _ADVICE[429]
     if request_id:
         what += f" (request {_excerpt(request_id)})"
     if status < 400:
         what += f", to {_without_query(headers.get('location', 'nowhere'))}"
-        advice = "redirects are not followed: is that the base_url to use?"
-    if retry_after:
-        advice += f", in {_rounded(retry_after)} s as it says"
     return attempt.fault(
         ApiError,
         what,
-        advice,
+        _advice(status, transient, retry_after),
         _may_have_worked(status),
         http_status=status,
         error=info,
@@ -1112,12 +1090,24 @@ def _refused(attempt: _Attempt, answer: _Answer) -> RunpollError:
     )
 
 
-def _unreadable(attempt: _Attempt, answer: _Answer, problem: BadResponse) -> RunpollError:
-    """The error for a success answer that is not what was promised."""
+def _advice(status: int, transient: bool, retry_after: float | None) -> str:
+    """What to do after an HTTP error."""
+    if status < 400:
+        return "redirects are not followed: is that the base_url to use?"
+    if not transient:
+        return _ADVICE.get(status, "unchanged it will fail again")
+    advice = "ask less often" if status in _RATE_LIMITS else _TRY_LATER
+    return f"{advice}, in {_rounded(retry_after)} s as it says" if retry_after else advice
+
+
+def _bad_response(
+    attempt: _Attempt, answer: _Answer, problem: BadResponse, advice: str
+) -> RunpollError:
+    """The error for an answer that is not what was promised."""
     return attempt.fault(
         BadResponse,
         f"HTTP {answer.status}, but {problem}",
-        "check the base_url and the Api's root and fields" if answer.complete else "raise max_body",
+        advice,
         True,
         problem.__cause__,
         http_status=answer.status,
@@ -1136,11 +1126,17 @@ def _rounded(seconds: float) -> str:
     return f"{round(seconds, 2):.12g}"
 
 
-def _passes(status: int, retry_after: float | None) -> bool:
-    """Whether an HTTP status tells of a fault that passes."""
+_RATE_LIMITS = (403, 429)  # a 403 only with Retry-After, as of some APIs
+
+
+def _is_transient_status(status: int, retry_after: float | None) -> bool:
     if status == 403:
-        return retry_after is not None  # a rate limit, of some APIs
+        return retry_after is not None
     return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
+
+
+def _is_rate_limit(fault: RunpollError) -> bool:
+    return isinstance(fault, ApiError) and fault.transient and fault.http_status in _RATE_LIMITS
 
 
 def _may_have_worked(status: int) -> bool:
@@ -1153,10 +1149,6 @@ def _may_have_begun(fault: RunpollError) -> bool:
     if isinstance(fault, TransportError):
         return fault.sent
     return not isinstance(fault, ApiError) or _may_have_worked(fault.http_status)
-
-
-def _is_rate_limit(fault: RunpollError) -> bool:
-    return isinstance(fault, ApiError) and fault.transient and fault.http_status in (403, 429)
 
 
 class _Retry:
@@ -1174,40 +1166,38 @@ class _Retry:
         self, repeatable: bool, max_outage: float, lag_statuses: set[int], iterating: bool
     ) -> None:
         self.faults = 0
-        self.left_open = False  # an attempt may have begun what was asked for
+        self.may_have_begun = False  # what was asked for, by some attempt
         self.lag_statuses = lag_statuses
         self._repeatable, self._iterating = repeatable, iterating
         limit_patience = math.inf if iterating else max_outage
         self._patience = {"lag": _LAG, "limited": limit_patience, "outage": max_outage}
         self._since: dict[str, float] = {}
-        self._due = -math.inf
+        self._due = math.inf  # when the next attempt might begin, if nothing held it back
 
-    def next_attempt(self, now: float, held_until: float) -> float:
-        """When the next attempt is due, where no deadline is to be kept."""
-        return max(self._due, held_until)
-
-    def failed(self, fault: RunpollError, now: float) -> float:
-        """When to try again. Raises the fault where that is never."""
+    def failed(self, outcome: _Outcome) -> float:
+        """When to try again after a fault. Raises it where that is never."""
+        fault, began, now = outcome
         self.faults += 1
-        self.left_open = self.left_open or _may_have_begun(fault)
+        self.may_have_begun = self.may_have_begun or _may_have_begun(fault)
         kind = self._kind(fault)
         if kind is None:
             raise fault
+        if "outage" in self._since:  # time in which the session was held back is none
+            self._since["outage"] += max(0.0, began - self._due)
         end = self._since.setdefault(kind, now) + self._patience[kind]
-        told = getattr(fault, "retry_after", None) or 0.0
+        retry_after = getattr(fault, "retry_after", None) or 0.0
         if self._iterating:
-            told = min(told, _LONGEST_RETRY_AFTER)
-        if now >= end or (now + told > end and not self._iterating):
+            retry_after = min(retry_after, _LONGEST_RETRY_AFTER)
+        if now >= end or (now + retry_after > end and not self._iterating):
             raise fault
-        self._due = now + told if told else min(now + self._backoff(), end)
-        if kind == "limited" and "outage" in self._since:
-            self._since["outage"] += self._due - now  # a rate limit is no outage
-        return self._due
+        due = now + retry_after if retry_after else min(now + self._backoff(), end)
+        self._due = now if kind == "limited" else due
+        return due
 
     def succeeded(self) -> None:
         """A good answer came: what fails from now on is another trouble."""
         self.faults = 0
-        self.left_open = False
+        self.may_have_begun = False
         self.lag_statuses.discard(404)  # the run is known
         self._since.clear()
 
@@ -1381,16 +1371,13 @@ class Session:
             repeatable=True,
         )
         # Some APIs delete or fail a run that has ended when it is cancelled: look first.
-        state = self._found(look, gone=(404,))
-        refusal = None
+        state = self._state_unless_gone(look, (404,))
         if not (state and state.done):
             refusal = self._refusal(cancel)
-            state = self._found(look, gone=(404, 410))
-        if state and state.done:
-            return state.phase is Phase.CANCELLED
-        if refusal:
-            raise refusal
-        return True  # it is being cancelled, or is gone
+            state = self._state_unless_gone(look, (404, 410))
+            if refusal and not (state and state.done):
+                raise refusal
+        return state.phase is Phase.CANCELLED if state and state.done else True
 
     def request(
         self,
@@ -1472,7 +1459,7 @@ class Session:
             state = self._api.read_state(body, dict(params), answer.headers, answer.status)
             if not isinstance(state, RunState):
                 raise TypeError("read_state has to return a RunState")
-        except (*_UNREADABLE, RecursionError) as error:
+        except (*_READER_ERRORS, RecursionError) as error:
             text = f"the answer could not be read ({type(error).__name__} in read_state)"
             raise BadResponse(text) from error
         if not state.params:  # an override may leave them to us
@@ -1504,56 +1491,66 @@ class Session:
         return _checked_headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()})
 
     def _attempt(
-        self, request: _Request, left_open: bool = False, deadline: float = math.inf
-    ) -> Any:
+        self, request: _Request, may_have_begun: bool = False, deadline: float = math.inf
+    ) -> _Outcome:
         """Make one attempt, which does not pass the deadline.
 
-        Returns what `request.read` made of a good answer, or the RunpollError, for the caller to
-        judge. What is raised is not ours: a key that cannot be had, a closed session.
+        Its fault is for the caller to judge. What is raised is not ours: a key that cannot be had,
+        a closed session.
         """
         if self._closed:
             raise RuntimeError("the session is closed")
+        began = self._clock()
         key = self._current_key()
-        headers = {**request.headers, **self._authorization(key)}
         seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         connect_seconds = min(self._timeout, seconds) / 2
-        attempt = _Attempt(request, key, connect_seconds, seconds, left_open)
-        if seconds <= 0:
+        attempt = _Attempt(request, key, connect_seconds, seconds, may_have_begun)
+        return _Outcome(self._answer(attempt), began, self._clock())
+
+    def _answer(self, attempt: _Attempt) -> Any:
+        """What `_Request.read` makes of the answer to an attempt, or the RunpollError."""
+        request = attempt.request
+        if attempt.seconds <= 0:
             what = "not sent, as the key took all the time that was left"
-            return attempt.fault(TransportError, what, _TRY_LATER, False, sent=left_open)
-        timeout = _AttemptTimeout(connect=connect_seconds, total=seconds)
+            sent = attempt.may_have_begun
+            return attempt.fault(TransportError, what, _TRY_LATER, False, sent=sent)
+        headers = {**request.headers, **self._authorization(attempt.key)}
+        timeout = _AttemptTimeout(connect=attempt.connect_seconds, total=attempt.seconds)
         try:
             answer = self._wire.exchange(
                 request.method, request.path, headers, request.body, timeout
             )
         except _NO_ANSWER as error:
-            return _no_answer(attempt, error)
-        if not answer.complete:
+            return _transport_error(attempt, error)
+        if len(answer.body) > self._max_body:
             what = f"the answer is larger than max_body, {self._max_body} bytes"
-            return _unreadable(attempt, answer, BadResponse(what, transient=False))
+            too_large = BadResponse(what, transient=False)
+            return _bad_response(attempt, answer, too_large, "raise max_body")
         good = 200 <= answer.status < 300
         if good or answer.status in request.answer_statuses:
             try:
                 return request.read(answer)
-            except BadResponse as unlike:
+            except BadResponse as problem:
                 if good:
-                    return _unreadable(attempt, answer, unlike)
-        return _refused(attempt, answer)
+                    advice = "check the base_url and the Api's root and fields"
+                    return _bad_response(attempt, answer, problem, advice)
+        return _api_error(attempt, answer)
 
     def _call(self, request: _Request) -> Any:
         """What comes of a request in the end. Raises the fault that does not pass."""
         retry = self._new_retry(request)
-        fault = None
+        due, fault = -math.inf, None
         while True:
-            if not self._wait(retry.next_attempt) and fault:
+            if not self._wait(partial(max, due)) and fault:
                 raise fault
-            outcome = self._attempt(request, retry.left_open)
-            if not isinstance(outcome, RunpollError):
-                return outcome
-            fault = outcome
-            self._sit_out(fault, retry.failed(fault, self._clock()))
+            outcome = self._attempt(request, retry.may_have_begun)
+            if not isinstance(outcome.value, RunpollError):
+                return outcome.value
+            fault = outcome.value
+            due = retry.failed(outcome)
+            self._note_retry(fault, due)
 
-    def _found(self, look: _Request, gone: tuple[int, ...]) -> RunState | None:
+    def _state_unless_gone(self, look: _Request, gone: tuple[int, ...]) -> RunState | None:
         """The state of a run; None where the API answers that it is gone."""
         try:
             return self._call(look)  # type: ignore[no-any-return]
@@ -1576,8 +1573,8 @@ class Session:
         lag_statuses = {401} if callable(self._api_key) else set()
         return _Retry(request.repeatable, self._max_outage, lag_statuses, iterating)
 
-    def _sit_out(self, fault: RunpollError, due: float) -> None:
-        """Tell of a fault after which another try is due, and hold the session back if it asks."""
+    def _note_retry(self, fault: RunpollError, due: float) -> None:
+        """Log a fault that is sat out until `due`, and hold the session back if it asks for it."""
         _log.warning("%s; trying again in %.1f s", fault, due - self._clock())
         overloaded = isinstance(fault, ApiError) and fault.http_status == 503 and fault.retry_after
         if overloaded or _is_rate_limit(fault):
@@ -1620,6 +1617,10 @@ def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
             raise ValueError(f"the header {name!r} has a character that cannot be sent")
         checked[name.title()] = value
     return checked
+
+
+def _reached(point: float, now: float) -> bool:
+    return now >= point - _TICK
 
 
 def _at_least(least: float, name: str, value: Any) -> float:
@@ -1691,75 +1692,86 @@ class _Watch:
         self,
         request: _Request,
         retry: _Retry,
-        state: RunState | None,
-        interval: Callable[[RunState], float],
+        run: _Run,
+        interval: _Interval,
         began: float,
         timeout: float,
     ) -> None:
         self.request = request
         self.retry = retry
-        self.state = state  # the last one seen, at first the one that was handed in
         self.deadline = began + timeout
-        self._timeout = timeout
-        self._interval = interval
-        self._began = self._answered = self._due = began
-        self._polls = 0
-        self._last_look = self.deadline - _LAST_LOOK
+        self.due = began
+        self.state: RunState | None = None  # the last one seen, at first the one handed in
         self.fault: RunpollError | None = None  # the last one since a good answer
+        if isinstance(run, RunState):
+            self.state = replace(run, polls=0, faults=0, elapsed=0.0, eta=None)
+            retry.lag_statuses.add(404)  # a replica may not know yet what was just started
+        self._interval = interval
+        self._timeout = timeout
+        self._began = self._answered = began
+        self._last_look = self.deadline - _LAST_LOOK
+        self._polls = 0
         self._first_progress: tuple[float, float] | None = None  # of this iteration, and when
-
-    @property
-    def done(self) -> bool:
-        return self.state is not None and self.state.done
 
     def next_attempt(self, now: float, held_until: float) -> float:
         """When the next attempt is due. Raises PollTimeout where that is never."""
-        due = max(self._due, held_until)
-        if now + _TICK < self._last_look <= due:
+        due = max(self.due, held_until, now)
+        if not _reached(self.deadline, due):
+            return due
+        if not _reached(self._last_look, now):
             return self._last_look  # no timeout is raised before, whatever holds us back
-        if max(now, due) + _TICK >= self.deadline:
-            raise self.timed_out() from self.fault
-        return due
+        raise self.timed_out() from self.fault
 
-    def answered(self, state: RunState, asked: float, now: float) -> RunState:
+    def answered(self, outcome: _Outcome) -> RunState:
         """Take in a good answer, and return it as the caller sees it."""
+        state: RunState
+        state, began, now = outcome
         self._polls += 1
         self._answered = now
-        self._last_look = self.deadline - max(_LAST_LOOK, 2 * (now - asked))
-        elapsed = now - self._began
-        eta = self._eta(state.progress, elapsed)
-        faults = self.retry.faults
-        self.state = replace(state, polls=self._polls, faults=faults, elapsed=elapsed, eta=eta)
+        self._last_look = self.deadline - max(_LAST_LOOK, 2 * (now - began))
+        state = replace(
+            state,
+            polls=self._polls,
+            faults=self.retry.faults,
+            elapsed=now - self._began,
+            eta=self._eta(state.progress, now),
+        )
+        self.state, self.fault = state, None
         self.retry.succeeded()
-        self.fault = None
-        return self.state
+        return state
 
-    def schedule(self, now: float) -> None:
-        """Set when the poll after the last state is due."""
-        if self.state:
-            told = min(self.state.retry_after or 0.0, _LONGEST_RETRY_AFTER)
-            self._set_due(self._answered + (told or self._interval(self.state)), now)
-
-    def failed(self, fault: RunpollError, now: float) -> float:
+    def failed(self, outcome: _Outcome) -> float:
         """When to try again after a fault. Raises it, or PollTimeout, where that is never."""
+        fault, _, now = outcome
         self.fault = fault
-        if fault.transient and now + _TICK >= self.deadline:
+        if fault.transient and _reached(self.deadline, now):
             raise self.timed_out() from fault
-        due = self.retry.failed(fault, now)
+        due = self.retry.failed(outcome)
         self._set_due(due, now)
         return due
 
-    def _set_due(self, due: float, now: float) -> None:
-        ahead = now + _TICK < self._last_look
-        self._due = min(due, self._last_look) if ahead else due
+    def schedule(self, now: float) -> None:
+        """Set when the poll after the last state is due."""
+        if self.state is None:
+            return
+        seconds = min(self.state.retry_after or 0.0, _LONGEST_RETRY_AFTER)
+        if not seconds:
+            interval = self._interval
+            seconds = interval(self.state) if callable(interval) else interval
+            _at_least(0, "interval", seconds)
+        self._set_due(self._answered + seconds, now)
 
-    def _eta(self, progress: float | None, elapsed: float) -> float | None:
+    def _set_due(self, due: float, now: float) -> None:
+        last = self.deadline if _reached(self._last_look, now) else self._last_look
+        self.due = min(due, last)
+
+    def _eta(self, progress: float | None, now: float) -> float | None:
         """Seconds that seem to be left, at the pace since this iteration's first poll."""
         if progress is None:
             return None
         if self._first_progress is None:
-            self._first_progress = progress, elapsed
-        gained, taken = progress - self._first_progress[0], elapsed - self._first_progress[1]
+            self._first_progress = progress, now
+        gained, taken = progress - self._first_progress[0], now - self._first_progress[1]
         return (1 - progress) * taken / gained if gained > 0 and taken > 0 else None
 
     def timed_out(self, when: str = "") -> PollTimeout:
@@ -1792,7 +1804,7 @@ def iter_status(
         PollTimeout: the run goes on; `iter_status(session, error.params)` follows it again.
         RunpollError: a fault that does not pass.
     """
-    watch = _watch_maker(session, interval, timeout, _begin(session))(run)
+    [watch] = _watches(session, [run], interval, timeout)
     return _follow(session, watch)
 
 
@@ -1807,7 +1819,7 @@ def wait(
 
     Raises PollTimeout, too, when the session's `sleep` ends the wait.
     """
-    watch = _watch_maker(session, interval, timeout, _begin(session))(run)
+    [watch] = _watches(session, [run], interval, timeout)
     for state in _follow(session, watch):
         if state.done:
             return state
@@ -1832,48 +1844,31 @@ def iter_batch(
         BatchError: at the end, with the errors of the runs that were not followed to their ends,
             timeouts among them; at once where the key is refused (401).
     """
-    began = _begin(session)
     if isinstance(runs, (str, Mapping, RunState)):
         raise TypeError("runs has to be an iterable of runs; for one, use iter_status")
     if not isinstance(workers, int):
         raise TypeError(f"workers has to be an int, not {type(workers).__name__}")
     _at_least(1, "workers", workers)
-    new_watch = _watch_maker(session, interval, timeout, began)
-    watches: dict[str, _Watch] = {}
-    for run in runs:
-        watch = new_watch(run)
-        watches.setdefault(watch.request.path, watch)
-    return _follow_all(session, list(watches.values()), workers)
+    return _Batch(session, _watches(session, runs, interval, timeout), workers).follow()
 
 
-def _begin(session: Session) -> float:
-    """The point on the clock at which an iteration begins."""
+def _watches(
+    session: Session, runs: Iterable[_Run], interval: _Interval, timeout: float | None
+) -> list[_Watch]:
+    """A watch for each of the runs, all begun now; the arguments are checked."""
     if not isinstance(session, Session):
         raise TypeError(f"session has to be a Session, not {type(session).__name__}")
-    return session._clock()
-
-
-def _watch_maker(
-    session: Session, interval: _Interval, timeout: float | None, began: float
-) -> Callable[[_Run], _Watch]:
-    """What makes a watch of a run, its arguments checked."""
+    began = session._clock()
     seconds = math.inf if timeout is None else _at_least(-math.inf, "timeout", timeout)
     if not callable(interval):
         _at_least(0, "interval", interval)
-
-    def checked_interval(state: RunState) -> float:
-        return _at_least(0, "interval", interval(state) if callable(interval) else interval)
-
-    def new_watch(run: _Run) -> _Watch:
+    watches: dict[str, _Watch] = {}
+    for run in runs:
         request = session._status_request(run)
-        retry = session._new_retry(request, iterating=True)
-        state = None
-        if isinstance(run, RunState):
-            state = replace(run, polls=0, faults=0, elapsed=0.0, eta=None)
-            retry.lag_statuses.add(404)  # a replica may not know yet what was just started
-        return _Watch(request, retry, state, checked_interval, began, seconds)
-
-    return new_watch
+        if request.path not in watches:
+            retry = session._new_retry(request, iterating=True)
+            watches[request.path] = _Watch(request, retry, run, interval, began, seconds)
+    return list(watches.values())
 
 
 def _follow(session: Session, watch: _Watch) -> Generator[RunState, None, None]:
@@ -1887,118 +1882,134 @@ def _follow(session: Session, watch: _Watch) -> Generator[RunState, None, None]:
             watch.schedule(session._clock())
         if not session._wait(watch.next_attempt, ask_always=True):
             return
-        state = _taken_in(session, watch, *_look(session, watch))
+        state = _record(session, watch, _poll_once(session, watch))
 
 
-def _look(session: Session, watch: _Watch) -> tuple[Any, float, float]:
-    """What came of an attempt, a RunState or a RunpollError; when it was made, and when it came."""
-    asked = session._clock()
-    result = session._attempt(watch.request, watch.retry.left_open, watch.deadline)
-    return result, asked, session._clock()
+def _poll_once(session: Session, watch: _Watch) -> _Outcome:
+    return session._attempt(watch.request, watch.retry.may_have_begun, watch.deadline)
 
 
-def _taken_in(
-    session: Session, watch: _Watch, result: Any, asked: float, came: float
-) -> RunState | None:
-    """The state that came; None for a fault that is sat out."""
-    if isinstance(result, RunpollError):
-        session._sit_out(result, watch.failed(result, came))
+def _record(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | None:
+    """The state that came of an attempt; None for a fault that is sat out."""
+    if isinstance(outcome.value, RunpollError):
+        session._note_retry(outcome.value, watch.failed(outcome))
         return None
-    return watch.answered(result, asked, came)
-
-
-# Many runs: the same watches under a heap of due times. The workers' threads only make attempts;
-# all else happens in the caller's thread, so that nothing needs a lock.
-
-
-def _follow_all(
-    session: Session, watches: list[_Watch], workers: int
-) -> Generator[RunState, None, None]:
-    batch = _Batch(session, watches, workers)
-    try:
-        for place, watch in enumerate(watches):
-            if watch.state:
-                yield watch.state
-            batch.schedule(place)
-        while batch.unfinished:
-            if not batch.send_due():
-                return
-            place, state = batch.receive()
-            if state:
-                yield state
-                batch.schedule(place)
-    finally:
-        batch.close()
-    batch.raise_errors()
+    return watch.answered(outcome)
 
 
 class _Batch:
-    """The runs of a batch, by their places in it: due, in flight, or ended."""
+    """The watches of many runs, under a heap of due times.
+
+    Its threads only make attempts; all else happens in the caller's thread, so that nothing needs
+    a lock. They are daemons, so that nobody waits for what is in flight after Ctrl-C.
+    """
 
     def __init__(self, session: Session, watches: list[_Watch], workers: int) -> None:
         self._session, self._watches, self._workers = session, watches, workers
-        self._due: list[tuple[float, int]] = []  # a heap
+        self._due: list[tuple[float, int]] = []  # a heap: when, and the index of the watch
         self._in_flight = 0
         self._errors: dict[int, RunpollError] = {}
-        self._key_refused = False
         self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
         self._orders: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()  # place, what _look returned
+        self._outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
 
-    @property
-    def unfinished(self) -> bool:
-        return bool(self._due or self._in_flight) and not self._key_refused
+    def follow(self) -> Generator[RunState, None, None]:
+        """Each run as `_follow` does: hand out a state, plan the next poll, wait, poll."""
+        try:
+            for index, watch in enumerate(self._watches):
+                if watch.state:
+                    yield watch.state
+                self._plan(index)
+            while self._due or self._in_flight:
+                if not self._send_due():
+                    return
+                for index, state in self._received():
+                    yield state
+                    self._plan(index)
+        finally:
+            self._close()
+        if self._errors:
+            many = f"{len(self._errors)} of {len(self._watches)}"
+            raise self._error(f"{many} runs were not followed to their ends")
 
-    def schedule(self, place: int) -> None:
-        """Once its state was handed out: queue a run for its next poll, if it has one."""
-        watch = self._watches[place]
-        if not watch.done:
+    def _plan(self, index: int) -> None:
+        """Once its state was handed out: when a run is polled next, if it is."""
+        watch = self._watches[index]
+        if not (watch.state and watch.state.done):
             watch.schedule(self._session._clock())
-            self._queue(place)
+            heapq.heappush(self._due, (watch.due, index))
 
-    def send_due(self) -> bool:
+    def _send_due(self) -> bool:
         """Hand what is due to idle workers. False when `sleep` ends all.
 
         Sleeps until the next attempt is due where none is in flight.
         """
-        session = self._session
         while self._due and self._in_flight < self._workers:
-            seconds = self._due[0][0] - session._clock()
+            seconds = self._due[0][0] - self._session._clock()
             if seconds > _TICK and self._in_flight:
-                return True  # receive() waits for what comes first
-            if session._nap(seconds):
+                break  # what is in flight may come first
+            if self._session._nap(seconds):
                 return False
             if seconds <= _TICK:
-                self._queue(heapq.heappop(self._due)[1], send=True)
+                self._send(heapq.heappop(self._due)[1])
         return True
 
-    def receive(self) -> tuple[int, RunState | None]:
-        """Wait for the outcome of an attempt, until the next is due; the run's state if it has."""
-        next_due = math.inf
-        if self._due and self._in_flight < self._workers:
-            next_due = self._due[0][0]
-        elif not self._in_flight:
-            next_due = -math.inf
-        seconds = min(max(next_due - self._session._clock(), 0.0), threading.TIMEOUT_MAX)
+    def _send(self, index: int) -> None:
+        """Hand a run to a worker, unless it is held back or its time is over."""
+        now = self._session._clock()
         try:
-            place, outcome = self._outcomes.get(timeout=seconds)
+            due = self._watches[index].next_attempt(now, self._session._held_until)
+        except PollTimeout as error:
+            self._errors[index] = error
+            return
+        if not _reached(due, now):
+            heapq.heappush(self._due, (due, index))
+            return
+        if self._in_flight == len(self._threads):
+            self._threads.append(threading.Thread(target=self._work, daemon=True))
+            self._threads[-1].start()
+        self._in_flight += 1
+        self._orders.put(index)
+
+    def _work(self) -> None:
+        """In a thread: make attempts, until the batch is closed."""
+        while True:
+            index = self._orders.get()
+            if index is None or self._closed.is_set():
+                return
+            try:
+                self._outcomes.put((index, _poll_once(self._session, self._watches[index])))
+            except BaseException as error:  # for the caller's thread to raise
+                self._outcomes.put((index, error))
+
+    def _received(self) -> Iterable[tuple[int, RunState]]:
+        """The next state to come and whose it is; none where another attempt is due before."""
+        if not self._in_flight:
+            return ()
+        idle = self._in_flight < self._workers
+        until = self._due[0][0] if self._due and idle else math.inf
+        seconds = min(max(until - self._session._clock(), 0.0), threading.TIMEOUT_MAX)
+        try:
+            index, outcome = self._outcomes.get(timeout=seconds)
         except queue.Empty:
-            return -1, None
+            return ()
         self._in_flight -= 1
         if isinstance(outcome, BaseException):
             raise outcome
         try:
-            state = _taken_in(self._session, self._watches[place], *outcome)
+            state = _record(self._session, self._watches[index], outcome)
         except RunpollError as error:
-            self._errors[place] = error
-            self._key_refused = isinstance(error, ApiError) and error.http_status == 401
-            return place, None
+            self._errors[index] = error
+            if isinstance(error, ApiError) and error.http_status == 401:
+                raise self._error("the key was refused, and no run is followed any more") from None
+            return ()
         if state is None:
-            self._queue(place)
-        return place, state
+            heapq.heappush(self._due, (self._watches[index].due, index))
+            return ()
+        return [(index, state)]
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Begin no further request; those in flight are left to end by themselves."""
         self._closed.set()
         for _ in self._threads:
@@ -2006,41 +2017,9 @@ class _Batch:
         for thread in self._threads if not self._in_flight else ():
             thread.join()
 
-    def raise_errors(self) -> None:
-        errors = [self._errors[place] for place in sorted(self._errors)]
-        if errors:
-            of_all = f"{len(errors)} of {len(self._watches)} runs were not followed to their ends"
-            if self._key_refused:
-                of_all = "the key was refused, and no run is followed any more"
-            raise BatchError(f"{of_all}: {'; '.join(map(str, errors[:3]))}", errors=errors)
-
-    def _queue(self, place: int, send: bool = False) -> None:
-        """Keep a run until its next attempt is due; with `send`, send it if that is now."""
-        now = self._session._clock()
-        try:
-            due = self._watches[place].next_attempt(now, self._session._held_until)
-        except PollTimeout as error:
-            self._errors[place] = error
-            return
-        if not send or due > now + _TICK:
-            heapq.heappush(self._due, (due, place))
-            return
-        if self._in_flight == len(self._threads):
-            self._threads.append(threading.Thread(target=self._work, daemon=True))
-            self._threads[-1].start()
-        self._in_flight += 1
-        self._orders.put(place)
-
-    def _work(self) -> None:
-        """In a thread: make attempts, until the batch is closed."""
-        while True:
-            place = self._orders.get()
-            if place is None or self._closed.is_set():
-                return
-            try:
-                self._outcomes.put((place, _look(self._session, self._watches[place])))
-            except BaseException as error:  # for the caller's thread to raise
-                self._outcomes.put((place, error))
+    def _error(self, what: str) -> BatchError:
+        errors = [self._errors[index] for index in sorted(self._errors)]
+        return BatchError(f"{what}: {'; '.join(map(str, errors[:3]))}", errors=errors)
 
 
 # ---- The command line
