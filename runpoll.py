@@ -91,6 +91,7 @@ class RunpollError(Exception):
 
     params: dict[str, str] | None = None  # those of the run, where it concerns one
     transient: bool = False  # whether another try may fare better
+    _may_have_begun: bool = False  # what was asked for, by this attempt or an earlier one
 
     def __init__(self, text: str = "", **attributes: Any) -> None:
         super().__init__(text)
@@ -1014,11 +1015,13 @@ class _Attempt(NamedTuple):
     ) -> RunpollError:
         """The error for what went wrong. Neither its text nor its cause shows the key."""
         text = f"{self.request.name}: {what}; {advice}"
-        if self.request.starts and (begun or self.may_have_begun):
+        begun = begun or self.may_have_begun
+        if self.request.starts and begun:
             text += "; a run may have begun: look before you start it again"
         elif self.request.starts:
             text += "; no run has begun"
         fault = kind(self.redacted(text), params=self.request.run, **attributes)
+        fault._may_have_begun = begun
         if cause:
             shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
             fault.__cause__ = cause if self.redacted(shown) == shown else None
@@ -1144,13 +1147,6 @@ def _may_have_worked(status: int) -> bool:
     return status >= 500 or status == 408 or status < 400
 
 
-def _may_have_begun(fault: RunpollError) -> bool:
-    """Whether what was asked for may have begun by the attempt that ended so, or by one before."""
-    if isinstance(fault, TransportError):
-        return fault.sent
-    return not isinstance(fault, ApiError) or _may_have_worked(fault.http_status)
-
-
 class _Retry:
     """The one retry rule: says when to try again after a fault, or raises it.
 
@@ -1178,7 +1174,7 @@ class _Retry:
         """When to try again after a fault. Raises it where that is never."""
         fault, began, now = outcome
         self.faults += 1
-        self.may_have_begun = self.may_have_begun or _may_have_begun(fault)
+        self.may_have_begun = fault._may_have_begun
         kind = self._kind(fault)
         if kind is None:
             raise fault
