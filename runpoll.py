@@ -37,6 +37,7 @@ import ssl
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -256,15 +257,16 @@ def _excerpt(text: str, length: int = 200) -> str:
 # ---- Reading JSON: what has the wrong type is None, as if it were absent
 
 
-def _anything(value: Any) -> Any:
+def _as_is(value: Any) -> Any:
     return value
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    """A text that is not blank, untouched."""
+    return value if isinstance(value, str) and value and not value.isspace() else None
 
 
-def _word(value: Any) -> str | None:
+def _text_or_number(value: Any) -> str | None:
     """A text; of a number or a boolean its JSON."""
     return json.dumps(value) if isinstance(value, (int, float)) else _text(value)
 
@@ -285,18 +287,19 @@ def _count(value: Any) -> int | None:
 
 
 _RFC_3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:[.,](\d+))? ?(?:[Zz]|([+-]\d\d):?(\d\d))?", re.ASCII
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:[.,](\d+))? ?(?:[Zz]|([+-]\d\d)(?::?(\d\d))?)?",
+    re.ASCII,
 )
 _MILLISECONDS_FROM = 1e11  # Unix times from here on are milliseconds: in seconds, the year 5138
 
 
 def _instant(value: Any) -> datetime | None:
     """RFC 3339, or Unix time in seconds or milliseconds; without an offset it is UTC."""
-    if isinstance(value, datetime):  # a callable of the Api's has read it
-        value = value.isoformat()
     number = _seconds(value)
     found = _RFC_3339.fullmatch(value) if isinstance(value, str) else None
     with suppress(ValueError, OverflowError, OSError):
+        if isinstance(value, datetime):  # a callable of the Api's has read it
+            return value.replace(tzinfo=value.tzinfo or timezone.utc).astimezone(timezone.utc)
         if number is not None:
             seconds = number if number < _MILLISECONDS_FROM else number / 1000
             return datetime.fromtimestamp(seconds, timezone.utc)
@@ -310,6 +313,7 @@ def _instant(value: Any) -> datetime | None:
 
 _MESSAGES = ["message", "detail", "description", "error_description", "error_message", "title"]
 _NESTINGS = ["error", "errors", "detail"]
+_ERRORS_READ = 100  # of a list of errors; nobody reads more
 
 
 def _error_info(value: Any) -> ErrorInfo | None:
@@ -317,9 +321,9 @@ def _error_info(value: Any) -> ErrorInfo | None:
     if not value or isinstance(value, ErrorInfo):
         return value or None
     if isinstance(value, str):
-        return ErrorInfo(value) if value.strip() else None
+        return ErrorInfo(value) if _text(value) else None
     if isinstance(value, list):
-        infos = [info for info in map(_error_info, value) if info]
+        infos = [info for info in map(_error_info, value[:_ERRORS_READ]) if info]
         return ErrorInfo("; ".join(info.message for info in infos)) if infos else None
     info = _error_in(value) if isinstance(value, dict) else None
     return info or ErrorInfo(json.dumps(value, ensure_ascii=False))
@@ -335,7 +339,7 @@ def _error_in(body: dict[str, Any]) -> ErrorInfo | None:
         return None
     return ErrorInfo(
         info.message,
-        info.code or _word(body.get("code")),
+        info.code or _text_or_number(body.get("code")),
         info.step or _text(body.get("step")),
         body.get("details") if info.details is None else info.details,
     )
@@ -348,10 +352,11 @@ def _parsed_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise BadResponse("the answer is not JSON") from None  # the cause carries the document
+        # The cause would carry the document.
+        raise BadResponse("the answer is not JSON; check the base_url and the Api") from None
 
 
-def _lowered(headers: Mapping[str, str] | None) -> dict[str, str]:
+def _lower_case_names(headers: Mapping[str, str] | None) -> dict[str, str]:
     return {name.lower(): value for name, value in (headers or {}).items()}
 
 
@@ -381,6 +386,37 @@ def _http_date(value: str) -> float | None:
     return None
 
 
+# ---- Checking arguments
+
+
+def _checked(kind: type[_T], name: str, value: Any) -> _T:
+    """An argument of the type that it has to have. Raises TypeError for another."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} has to be a {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _at_least(least: float, name: str, value: Any) -> float:
+    """A number that is an argument, checked."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} has to be a number, not {type(value).__name__}")
+    if not value >= least:
+        raise ValueError(f"{name} has to be at least {least:g}, not {value!r}")
+    return value
+
+
+def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Headers that can be sent; http.client would show the value that it refuses."""
+    checked = {}
+    for name, value in dict(headers or {}).items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):  # RFC 9110 section 5.6.2
+            raise ValueError(f"{name!r} cannot be the name of a header")
+        if not re.fullmatch(r"[ -~\xa0-\xff]*", value):
+            raise ValueError(f"the header {name!r} has a character that cannot be sent")
+        checked[name.title()] = value
+    return checked
+
+
 # ---- How an API speaks
 
 
@@ -398,9 +434,9 @@ _USUAL_WORDS = {
 
 # RunState field -> what reads it, and where it usually stands, in snake_case and in camelCase.
 _USUAL_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "id": (_word, "run_id id execution_id job_id task_id"),
-    "status": (_word, "status state"),
-    "output": (_anything, "output outputs result results"),
+    "id": (_text_or_number, "run_id id execution_id job_id task_id"),
+    "status": (_text_or_number, "status state"),
+    "output": (_as_is, "output outputs result results"),
     "error": (_error_info, "error errors error_message"),
     "created_at": (_instant, "created_at created submitted_at"),
     "started_at": (_instant, "started_at start_time"),
@@ -419,7 +455,8 @@ _READER_ERRORS = (LookupError, TypeError, ValueError, AttributeError)  # of a ca
 
 def _normalized(word: str) -> str:
     """Timed-Out, TIMED_OUT and timedOut are one word; a number is kept with its sign."""
-    if re.fullmatch(r"[+-]?\d+(\.\d+)?", word):
+    word = word[:100].strip()
+    if re.fullmatch(r"[+-]?[0-9.]+([Ee][+-]?[0-9]+)?", word):
         return word
     return "".join(filter(str.isalnum, word)).lower() or word
 
@@ -431,7 +468,7 @@ _USUAL_PHASES = {
 
 def _split_paths(paths: str | Sequence[str]) -> list[list[str]]:
     """Dotted paths as lists of keys."""
-    return [path.split(".") for path in ([paths] if isinstance(paths, str) else paths)]
+    return [str.split(path, ".") for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def _camel_case(name: str) -> str:
@@ -439,7 +476,7 @@ def _camel_case(name: str) -> str:
     return first + "".join(map(str.capitalize, others))
 
 
-_USUAL_PLACES = {
+_USUAL_PATHS = {
     name: _split_paths([way for usual in names.split() for way in (usual, _camel_case(usual))])
     for name, (_, names) in _USUAL_FIELDS.items()
 }
@@ -550,17 +587,20 @@ class Api:
 
     def __post_init__(self) -> None:
         for name in ("base_url", "status", "start", "cancel", "root", "auth_header", "auth_scheme"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} has to be a str, not {getattr(self, name)!r}")
+            _checked(str, name, getattr(self, name))
         _parsed_base_url(self.base_url)
-        unknown = sorted(dict(self.fields).keys() - _USUAL_FIELDS.keys())
+        unknown = sorted({**self.fields}.keys() - _USUAL_FIELDS.keys())
         if unknown:
             raise ValueError(f"fields names {unknown}; it may name {', '.join(_USUAL_FIELDS)}")
         if "run_id" not in self._paths["status"].names:
             raise ValueError(f"the status template has to name {{run_id}}: {self.status!r}")
         if self.cancel and set(self._paths["cancel"].names) - set(self._paths["status"].names):
             raise ValueError("the cancel template has a parameter that the status template lacks")
-        _ = self._phases, self._places, tuple(self.answer_statuses)  # refuse here what cannot be
+        _ = (
+            self._phases,
+            self._field_paths,
+            tuple(self.answer_statuses),
+        )  # refuse here what cannot be
 
     @cached_property
     def _paths(self) -> dict[str, _PathTemplate]:
@@ -573,14 +613,14 @@ class Api:
 
     @cached_property
     def _phases(self) -> dict[str, Phase]:
-        own = {_normalized(word): Phase(phase) for word, phase in dict(self.phases).items()}
+        own = {_normalized(word): Phase(phase) for word, phase in {**self.phases}.items()}
         return {**_USUAL_PHASES, **own}
 
     @cached_property
-    def _places(self) -> dict[str, Any]:
+    def _field_paths(self) -> dict[str, Any]:
         """RunState field -> its paths, split, or its callable."""
-        places: dict[str, Any] = dict(_USUAL_PLACES)
-        for name, place in self.fields.items():
+        places: dict[str, Any] = dict(_USUAL_PATHS)
+        for name, place in {**self.fields}.items():
             places[name] = place if callable(place) else _split_paths(place)
         return places
 
@@ -606,22 +646,25 @@ class Api:
         Raises:
             BadResponse: the answer names no run, or has no status of the run that was asked for.
         """
-        lowered = _lowered(headers)
+        lowered = _lower_case_names(headers)
         found = self._read_fields(body)
-        params = params or {}
-        asked = "run_id" in params
-        known: dict[str, Any] = {
-            name: str(params[name]) for name in self._paths["status"].names if name in params
+        known = {
+            name: str(value)
+            for name, value in (params or {}).items()
+            if name in self._paths["status"].names
         }
-        if found["id"] is None and not asked:
-            known = self._params_from_location(known, lowered.get("location"), body)
-        run_id = known.setdefault("run_id", found["id"])
+        asked = "run_id" in known
+        if not asked and found["id"] is not None:
+            known["run_id"] = found["id"]
+        elif not asked:
+            known = self._params_from_location(known, lowered.get("location"), body, http_status)
+        run_id = known["run_id"]
         phase = self._phase(found["status"])
         # An error answer may be a state all the same, but a gateway's {"status": "error"} is not.
         listed = found["status"] is not None and phase is not Phase.UNKNOWN
         is_state = 200 <= http_status < 300 or (listed and found["id"] == run_id)
         if not is_state or (asked and found["status"] is None):
-            text = f"the answer has no status of the run{_what_it_says(body)}"
+            text = f"the answer has no status of run {_excerpt(run_id)}{self._what_it_says(body)}"
             raise BadResponse(text, params=known, http_status=http_status)
         found["id"] = found["id"] or run_id
         found["status"] = found["status"] or ""
@@ -634,9 +677,9 @@ class Api:
 
     def _read_fields(self, body: Any) -> dict[str, Any]:
         """Each field of the run in a body, None where it is not."""
-        run = _first_value(body, _split_paths(self.root), _anything) if self.root else body
+        run = self._run_in(body)
         found: dict[str, Any] = {}
-        for name, place in self._places.items():
+        for name, place in self._field_paths.items():
             read = _USUAL_FIELDS[name][0]
             if not callable(place):
                 found[name] = _first_value(run, place, read)
@@ -646,26 +689,36 @@ class Api:
                 found[name] = read(place(run))
         return found
 
+    def _run_in(self, body: Any) -> Any:
+        """The object under `root`."""
+        return _first_value(body, _split_paths(self.root), _as_is) if self.root else body
+
     def _phase(self, status: str | None) -> Phase:
         if status is None:
             return Phase.PENDING  # a start that says no more than which run it began
-        return self._phases.get(_normalized(status), Phase.UNKNOWN)
+        return self._phases.get(status) or self._phases.get(_normalized(status), Phase.UNKNOWN)
 
     def _params_from_location(
-        self, known: dict[str, str], location: str | None, body: Any
+        self, known: dict[str, str], location: str | None, body: Any, http_status: int
     ) -> dict[str, str]:
         """The parameters of a run that an answer names by its Location alone."""
-        if location is None:
-            raise BadResponse(f"the answer has no id of a run{_what_it_says(body)}")
-        found = self._paths["status"].match(location)
-        if found is None or any(found[name] != value for name, value in known.items()):
-            raise BadResponse(
-                f"the answer has no id of a run, and its Location {_without_query(location)} does "
-                f"not end as {self.status!r}{_what_it_says(body)}"
-            )
-        return found
+        found = self._paths["status"].match(location or "")
+        if found and all(found[name] == value for name, value in known.items()):
+            return found
+        text = "the answer has no id of a run"
+        if location:
+            text += f", and its Location {_without_query(location)} does not end as {self.status!r}"
+        raise BadResponse(text + self._what_it_says(body), http_status=http_status)
 
-    def _handle(self, run: _Run) -> dict[str, str]:
+    def _what_it_says(self, body: Any) -> str:
+        """What an answer that should have been a state says of an error, and what to do."""
+        infos = [
+            _error_in(value) for value in (body, self._run_in(body)) if isinstance(value, dict)
+        ]
+        said = next((f"; it says: {_excerpt(info.message)}" for info in infos if info), "")
+        return f"{said}; check the base_url and the Api's root and fields"
+
+    def _status_params(self, run: _Run) -> dict[str, str]:
         """The status parameters of a run: of an id, a status URL, a mapping or a RunState."""
         params: Any = run.params if isinstance(run, RunState) else run
         if isinstance(run, str):
@@ -689,12 +742,6 @@ def _parsed_base_url(url: str) -> Url:
 
 def _without_query(url: str) -> str:
     return _excerpt(url.partition("?")[0])
-
-
-def _what_it_says(body: Any) -> str:
-    """What an answer that should have been a state says of an error, to end a sentence."""
-    error = _error_in(body) if isinstance(body, dict) else None
-    return f"; it says: {_excerpt(error.message)}" if error else ""
 
 
 def _duration(found: dict[str, Any]) -> float | None:
@@ -723,6 +770,12 @@ def _progress(found: dict[str, Any], phase: Phase) -> float | None:
 # ---- The built-in APIs, as their documents describe them
 
 
+def _doclo_duration(run: Any) -> float | None:
+    """Seconds; both figures of Doclo are milliseconds."""
+    milliseconds = _first_value(run, [["duration"], ["metrics", "durationMs"]], _seconds)
+    return None if milliseconds is None else milliseconds / 1000
+
+
 RAPIDFOLIO = Api(
     base_url="https://run.rapidfolio.com",
     start="/v1/procedures/{procedure_id}/{environment}",
@@ -737,8 +790,7 @@ DOCLO = Api(
     status="/runs/{run_id}",
     cancel="/runs/{run_id}/cancel",
     fields={
-        # Both figures are milliseconds.
-        "duration": lambda run: (run.get("duration") or run["metrics"]["durationMs"]) / 1000,
+        "duration": _doclo_duration,
         "steps_done": "metrics.stepsRun",
         "steps_total": "metrics.stepsTotal",
         "progress": "progress.percentage",
@@ -762,11 +814,12 @@ ONEPIN = Api(
 # ---- The wire: one request, one answer. It knows nothing of JSON, runs and keys.
 
 
+_SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = 0.001, 1e9  # seconds; sockets take no more
 _IDLE_LIMIT = 15.0  # seconds; what is idle for longer, servers and middleboxes close unseen
 _CHUNK = 2**16  # bytes of an answer that are read at once
 _PACKED_CHUNK = 2**12  # and of a gzipped one, which may unpack to a thousand times as many
 _ONE_ATTEMPT = urllib3.Retry(False, redirect=False)
-_NO_ANSWER = (exceptions.HTTPError, http.client.HTTPException, OSError)
+_NO_ANSWER = (exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
 
 
@@ -801,7 +854,10 @@ class _BoundedResponse(http.client.HTTPResponse):
 
 
 class _HTTPConnection(HTTPConnection):
+    """Keeps the deadline of an attempt, and knows since when it is idle."""
+
     response_class = _BoundedResponse
+    deadline = math.inf
     idle_since = math.inf
 
     def connect(self) -> None:
@@ -815,10 +871,18 @@ class _HTTPConnection(HTTPConnection):
             raise exceptions.NewConnectionError(self, str(error)) from error
 
     def request(self, *args: Any, **kwargs: Any) -> None:
-        """Send a request, not under what the last answer left of its time."""
-        if self.sock:
-            self.sock.settimeout(self.timeout)
+        if not self.sock:
+            self.connect()
+        self._limit_to_deadline()
         super().request(*args, **kwargs)
+
+    def getresponse(self, *args: Any, **kwargs: Any) -> Any:
+        self._limit_to_deadline()
+        return super().getresponse(*args, **kwargs)
+
+    def _limit_to_deadline(self) -> None:
+        self.timeout = max(self.deadline - time.monotonic(), _SHORTEST_TIMEOUT)
+        self.sock.settimeout(self.timeout)
 
 
 class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
@@ -826,7 +890,10 @@ class _HTTPSConnection(_HTTPConnection, HTTPSConnection):
 
 
 class _HTTPPool(HTTPConnectionPool):
-    """Lends no connection that has been idle for long: it may be dead without our knowing."""
+    """Lends no connection that has been idle for long: it may be dead without our knowing.
+
+    It never waits for one, so the time for that, `pool_timeout`, is free to carry the deadline.
+    """
 
     ConnectionCls: Any = _HTTPConnection
 
@@ -840,25 +907,12 @@ class _HTTPPool(HTTPConnectionPool):
         while time.monotonic() - conn.idle_since > _IDLE_LIMIT:
             conn.close()
             conn = super()._get_conn(timeout)
+        conn.deadline = timeout
         return conn
 
 
 class _HTTPSPool(_HTTPPool, HTTPSConnectionPool):
     ConnectionCls = _HTTPSConnection
-
-
-class _AttemptTimeout(urllib3.Timeout):
-    """One clock for a whole attempt: urllib3 would start another after a proxy's CONNECT."""
-
-    def __init__(self, *, connect: float, total: float) -> None:
-        super().__init__(connect=connect, total=total)
-        self._start = super().start_connect()
-
-    def clone(self) -> _AttemptTimeout:
-        return self
-
-    def start_connect(self) -> float:
-        return self._start
 
 
 class _Answer(NamedTuple):
@@ -884,11 +938,12 @@ class _Wire:
         if proxy:
             auth = make_headers(proxy_basic_auth=unquote(proxy.auth or ""))
             url = f"{proxy.scheme}://{proxy.netloc}"
+            options["proxy_ssl_context"] = ssl_context
             manager = urllib3.ProxyManager(url, proxy_headers=auth, **options)
             if base.scheme == "http":  # then the proxy is asked for whole URLs
                 self._prefix = origin + self._prefix
         manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
-        self._pool = manager.connection_from_url(origin)
+        self._pool: Any = manager.connection_from_url(origin)
 
     def exchange(
         self,
@@ -896,7 +951,8 @@ class _Wire:
         path: str,
         headers: dict[str, str],
         body: bytes | None,
-        timeout: _AttemptTimeout,
+        connect_seconds: float,
+        seconds: float,
     ) -> _Answer:
         """Send one request and read its answer. Raises one of _NO_ANSWER where there is none."""
         response: Any = self._pool.urlopen(
@@ -906,7 +962,8 @@ class _Wire:
             headers=headers,
             retries=_ONE_ATTEMPT,
             redirect=False,
-            timeout=timeout,
+            timeout=urllib3.Timeout(connect=connect_seconds, read=seconds),
+            pool_timeout=time.monotonic() + seconds,
             assert_same_host=False,
             preload_content=False,
             enforce_content_length=True,
@@ -943,7 +1000,7 @@ def _proxy_for(base: Url, proxy: str | None) -> Url | None:
     """The proxy that was given, "" being none, else the environment's, but to this machine none."""
     named = any(name.lower().endswith("_proxy") for name in os.environ)
     if proxy is None and named and not _LOOPBACK.fullmatch(base.host or ""):
-        from urllib.request import getproxies, proxy_bypass  # costs as much as all the rest
+        from urllib.request import getproxies, proxy_bypass  # slow to import, and seldom needed
 
         proxy = "" if proxy_bypass(base.netloc or "") else getproxies().get(base.scheme or "")
     if not proxy:
@@ -963,7 +1020,6 @@ _RETRY_JITTER = 0.1  # a wait is longer or shorter by up to this share of it
 _LONGEST_RETRY_AFTER = 120.0  # seconds; an iteration looks again then, whatever it was told
 _SHORTEST_SECRET = 8  # characters; a shorter key may be an ordinary word of any answer
 _BODY_SHOWN = 500  # characters of an answer that an error carries
-_TRY_LATER = "try again later"
 _ADVICE = {
     401: "check the API key, and the Api's auth_header and auth_scheme",
     403: "check the API key and what it may do",
@@ -1007,14 +1063,13 @@ class _Attempt(NamedTuple):
     def fault(
         self,
         kind: type[RunpollError],
-        what: str,
-        advice: str,
+        what: str,  # and what to do
         begun: bool,  # whether this attempt may have begun what is asked for
         cause: BaseException | None = None,
         **attributes: Any,
     ) -> RunpollError:
         """The error for what went wrong. Neither its text nor its cause shows the key."""
-        text = f"{self.request.name}: {what}; {advice}"
+        text = f"{self.request.name}: {what}"
         begun = begun or self.may_have_begun
         if self.request.starts and begun:
             text += "; a run may have begun: look before you start it again"
@@ -1027,50 +1082,57 @@ class _Attempt(NamedTuple):
             fault.__cause__ = cause if self.redacted(shown) == shown else None
         return fault
 
-    def redacted(self, text: str) -> str:
-        return text.replace(self.key, "[key]") if len(self.key) >= _SHORTEST_SECRET else text
+    def redacted(self, value: Any) -> Any:
+        """A text without the key, or a JSON value without it in its texts."""
+        if isinstance(value, str) and len(self.key) >= _SHORTEST_SECRET:
+            return value.replace(self.key, "[key]")
+        if isinstance(value, dict):
+            return {self.redacted(name): self.redacted(inner) for name, inner in value.items()}
+        return [self.redacted(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _transport_error(attempt: _Attempt, error: BaseException) -> RunpollError:
     """The error for what urllib3 raised instead of an answer."""
     fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
-    reason = _innermost(fault)
+    reason = _root_cause(fault)
     # A certificate that is not trusted is both an SSLError and a ValueError.
     untrusted = isinstance(fault, exceptions.SSLError) and isinstance(reason, ValueError)
     sent = not untrusted and not isinstance(fault, exceptions.ConnectTimeoutError)
-    words = _excerpt(re.split(r": |\] ", str(reason))[-1])  # the system's own stand last
-    what, advice = f"no answer ({words})", _TRY_LATER
+    # The system's own words stand last.
+    words = _excerpt(attempt.redacted(re.split(r": |\] ", str(reason))[-1]))
     if untrusted:
-        what = f"the certificate is not trusted ({words})"
-        advice = "check the base_url, or give an ssl_context that trusts it"
-    elif "timed out" in f"{fault} {reason}":
-        what = f"no answer within {_rounded(attempt.seconds)} s"
-        if not sent:
-            what = f"no connection within {_rounded(attempt.connect_seconds)} s"
+        what = f"the certificate is not trusted ({words}); check the base_url, or the ssl_context"
+    elif "timed out" not in f"{fault} {reason}":
+        what = f"no answer ({words}); try again later"
+    elif sent:
+        what = f"no answer within {_rounded(attempt.seconds)} s; try again later"
+    else:
+        what = f"no connection within {_rounded(attempt.connect_seconds)} s; try again later"
     facts = {"sent": sent or attempt.may_have_begun, "transient": not untrusted}
-    return attempt.fault(TransportError, what, advice, sent, error, **facts)
+    return attempt.fault(TransportError, what, sent, error, **facts)
 
 
-def _innermost(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """What the system said: urllib3 wraps it, as an argument or as the cause."""
     inner = next((arg for arg in error.args if isinstance(arg, BaseException)), error.__cause__)
-    return _innermost(inner) if inner else error
+    return _root_cause(inner) if inner else error
 
 
 def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
     """The error for an HTTP error or a redirect."""
-    status, text = answer.status, attempt.redacted(_decoded(answer.body))
-    headers = {name: attempt.redacted(value) for name, value in _lowered(answer.headers).items()}
+    status, text = answer.status, _decoded(answer.body)
+    headers = {
+        name: attempt.redacted(value) for name, value in _lower_case_names(answer.headers).items()
+    }
     retry_after = _retry_after(headers)
     transient = _is_transient_status(status, retry_after)
-    body = info = None
+    said = _excerpt(attempt.redacted(text))
+    if not said or said[0] in "<{[":  # the first line of a gateway's page tells nothing
+        said = f"{attempt.redacted(answer.reason)} {said}".strip()
+    body, info = None, ErrorInfo(said or "no text")
     with suppress(BadResponse, RecursionError):
         body = _parsed_json(text)
-        info = _error_info(body)
-    said = _excerpt(text)
-    if not said or said.startswith("<"):  # the first line of a gateway's page tells nothing
-        said = f"{attempt.redacted(answer.reason)} {said}".strip()
-    info = info or ErrorInfo(said or "no text")
+        info = ErrorInfo(**attempt.redacted(vars(_error_info(body) or info)))
     request_id = headers.get("x-request-id") or headers.get("request-id")
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
 
@@ -1081,12 +1143,11 @@ def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
         what += f", to {_without_query(headers.get('location', 'nowhere'))}"
     return attempt.fault(
         ApiError,
-        what,
-        _advice(status, transient, retry_after),
+        f"{what}; {_advice(status, transient, retry_after)}",
         _may_have_worked(status),
         http_status=status,
         error=info,
-        body=text[:_BODY_SHOWN],
+        body=attempt.redacted(text)[:_BODY_SHOWN],
         request_id=request_id,
         retry_after=retry_after,
         transient=transient,
@@ -1099,18 +1160,15 @@ def _advice(status: int, transient: bool, retry_after: float | None) -> str:
         return "redirects are not followed: is that the base_url to use?"
     if not transient:
         return _ADVICE.get(status, "unchanged it will fail again")
-    advice = "ask less often" if status in _RATE_LIMITS else _TRY_LATER
+    advice = "ask less often" if status in _RATE_LIMITS else "try again later"
     return f"{advice}, in {_rounded(retry_after)} s as it says" if retry_after else advice
 
 
-def _bad_response(
-    attempt: _Attempt, answer: _Answer, problem: BadResponse, advice: str
-) -> RunpollError:
+def _bad_response(attempt: _Attempt, answer: _Answer, problem: BadResponse) -> RunpollError:
     """The error for an answer that is not what was promised."""
     return attempt.fault(
         BadResponse,
         f"HTTP {answer.status}, but {problem}",
-        advice,
         True,
         problem.__cause__,
         http_status=answer.status,
@@ -1144,7 +1202,7 @@ def _is_rate_limit(fault: RunpollError) -> bool:
 
 def _may_have_worked(status: int) -> bool:
     """Whether a server that answers so may have done what was asked all the same."""
-    return status >= 500 or status == 408 or status < 400
+    return status >= 500 or status in (408, 425) or status < 400
 
 
 class _Retry:
@@ -1152,10 +1210,11 @@ class _Retry:
 
     Each kind of fault has a clock of its own, from its first fault since the last good answer:
 
-        kind     faults                                         are sat out for
-        lag      a status in `lag_statuses`                     10 s
-        limited  a rate limit                                   max_outage; an iteration: no end
-        outage   the other transient, where repeating is safe   max_outage
+        kind     faults                                              are sat out for
+        lag      a status in `lag_statuses`                          10 s
+        limited  a rate limit, in an iteration                       its timeout
+        outage   what else is transient, where repeating is safe,
+                 and a rate limit in a direct call                   max_outage
     """
 
     def __init__(
@@ -1165,10 +1224,9 @@ class _Retry:
         self.may_have_begun = False  # what was asked for, by some attempt
         self.lag_statuses = lag_statuses
         self._repeatable, self._iterating = repeatable, iterating
-        limit_patience = math.inf if iterating else max_outage
-        self._patience = {"lag": _LAG, "limited": limit_patience, "outage": max_outage}
+        self._patience = {"lag": _LAG, "limited": math.inf, "outage": max_outage}
         self._since: dict[str, float] = {}
-        self._due = math.inf  # when the next attempt might begin, if nothing held it back
+        self._due = 0.0  # when it may be tried again, but for what holds the session back
 
     def failed(self, outcome: _Outcome) -> float:
         """When to try again after a fault. Raises it where that is never."""
@@ -1178,7 +1236,7 @@ class _Retry:
         kind = self._kind(fault)
         if kind is None:
             raise fault
-        if "outage" in self._since:  # time in which the session was held back is none
+        if "outage" in self._since:  # being held back by a rate limit is no part of it
             self._since["outage"] += max(0.0, began - self._due)
         end = self._since.setdefault(kind, now) + self._patience[kind]
         retry_after = getattr(fault, "retry_after", None) or 0.0
@@ -1201,9 +1259,9 @@ class _Retry:
         if getattr(fault, "http_status", None) in self.lag_statuses:
             return "lag"
         if _is_rate_limit(fault):
-            return "limited"
-        unsent = isinstance(fault, TransportError) and not fault.sent
-        return "outage" if fault.transient and (self._repeatable or unsent) else None
+            return "limited" if self._iterating else "outage"
+        safe = self._repeatable or not fault._may_have_begun
+        return "outage" if fault.transient and safe else None
 
     def _backoff(self) -> float:
         doubled: float = _FIRST_RETRY * 2 ** min(self.faults - 1, 10)
@@ -1215,8 +1273,7 @@ class _Retry:
 
 
 _IDEMPOTENT = {"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}  # RFC 9110 section 9.2.2
-_SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = 0.001, 1e9  # seconds; sockets take no more
-_TICK = 1e-6  # seconds; two points on the clock that are closer are one
+_CLOCK_TOLERANCE = 1e-6  # seconds; two points on the clock that are closer are one
 
 
 class Session:
@@ -1257,8 +1314,9 @@ class Session:
         sleep: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not isinstance(api, Api):
-            raise TypeError(f"api has to be an Api, not {type(api).__name__}")
+        _checked(Api, "api", api)
+        if ssl_context is not None:
+            _checked(ssl.SSLContext, "ssl_context", ssl_context)
         if not (callable(sleep) and callable(clock)):
             raise TypeError("sleep and clock have to be callables")
         base = _parsed_base_url(api.base_url if base_url is None else base_url)
@@ -1353,11 +1411,11 @@ class Session:
         True when the run is being or has been cancelled, False when it had ended otherwise. Raises
         ApiError where the API refuses, and the run is still active or cannot be found.
         """
-        path = self._path("cancel")
         if isinstance(run, RunState) and run.done:
             return run.phase is Phase.CANCELLED
-        look = self._status_request(run)
-        handle = look.run or {}
+        path = self._path("cancel")
+        status = self._status_request(run)
+        handle = status.run or {}
         cancel = self._request(
             path,
             {name: handle[name] for name in path.names},
@@ -1367,10 +1425,10 @@ class Session:
             repeatable=True,
         )
         # Some APIs delete or fail a run that has ended when it is cancelled: look first.
-        state = self._state_unless_gone(look, (404,))
+        state = self._state_unless_gone(status, (404,))
         if not (state and state.done):
             refusal = self._refusal(cancel)
-            state = self._state_unless_gone(look, (404, 410))
+            state = self._state_unless_gone(status, (404, 410))
             if refusal and not (state and state.done):
                 raise refusal
         return state.phase is Phase.CANCELLED if state and state.done else True
@@ -1412,7 +1470,7 @@ class Session:
         return path
 
     def _status_request(self, run: _Run) -> _Request:
-        handle = self._api._handle(run)
+        handle = self._api._status_params(run)
         return self._request(
             self._path("status"),
             handle,
@@ -1453,10 +1511,10 @@ class Session:
         body = _parsed_json(_decoded(answer.body))
         try:
             state = self._api.read_state(body, dict(params), answer.headers, answer.status)
-            if not isinstance(state, RunState):
-                raise TypeError("read_state has to return a RunState")
+            _checked(RunState, "what read_state returns", state)
         except (*_READER_ERRORS, RecursionError) as error:
-            text = f"the answer could not be read ({type(error).__name__} in read_state)"
+            # Not its message, which may quote what a run returns.
+            text = f"{type(error).__name__} in read_state; check how the Api reads such an answer"
             raise BadResponse(text) from error
         if not state.params:  # an override may leave them to us
             state = replace(state, params={"run_id": state.id, **params})
@@ -1476,9 +1534,7 @@ class Session:
 
     def _current_key(self) -> str:
         key = self._api_key() if callable(self._api_key) else self._api_key
-        if key is not None and not isinstance(key, str):
-            raise TypeError(f"api_key has to be a str, not {type(key).__name__}")
-        return (key or "").strip()
+        return "" if key is None else _checked(str, "api_key", key).strip()
 
     def _authorization(self, key: str) -> dict[str, str]:
         """The header that carries a key."""
@@ -1507,29 +1563,32 @@ class Session:
         """What `_Request.read` makes of the answer to an attempt, or the RunpollError."""
         request = attempt.request
         if attempt.seconds <= 0:
-            what = "not sent, as the key took all the time that was left"
-            sent = attempt.may_have_begun
-            return attempt.fault(TransportError, what, _TRY_LATER, False, sent=sent)
+            what = "not sent, as the key took all the time that was left; try again later"
+            return attempt.fault(TransportError, what, False, sent=attempt.may_have_begun)
         headers = {**request.headers, **self._authorization(attempt.key)}
-        timeout = _AttemptTimeout(connect=attempt.connect_seconds, total=attempt.seconds)
         try:
             answer = self._wire.exchange(
-                request.method, request.path, headers, request.body, timeout
+                request.method,
+                request.path,
+                headers,
+                request.body,
+                attempt.connect_seconds,
+                attempt.seconds,
             )
         except _NO_ANSWER as error:
             return _transport_error(attempt, error)
         if len(answer.body) > self._max_body:
-            what = f"the answer is larger than max_body, {self._max_body} bytes"
-            too_large = BadResponse(what, transient=False)
-            return _bad_response(attempt, answer, too_large, "raise max_body")
+            what = f"the answer is larger than max_body, {self._max_body} bytes; raise max_body"
+            return _bad_response(attempt, answer, BadResponse(what, transient=False))
         good = 200 <= answer.status < 300
         if good or answer.status in request.answer_statuses:
             try:
                 return request.read(answer)
             except BadResponse as problem:
                 if good:
-                    advice = "check the base_url and the Api's root and fields"
-                    return _bad_response(attempt, answer, problem, advice)
+                    return _bad_response(attempt, answer, problem)
+            except RunpollError as error:  # of a read_state that knows more
+                return error
         return _api_error(attempt, answer)
 
     def _call(self, request: _Request) -> Any:
@@ -1537,6 +1596,7 @@ class Session:
         retry = self._new_retry(request)
         due, fault = -math.inf, None
         while True:
+            # The first attempt is made whatever `sleep` says.
             if not self._wait(partial(max, due)) and fault:
                 raise fault
             outcome = self._attempt(request, retry.may_have_begun)
@@ -1546,10 +1606,10 @@ class Session:
             due = retry.failed(outcome)
             self._note_retry(fault, due)
 
-    def _state_unless_gone(self, look: _Request, gone: tuple[int, ...]) -> RunState | None:
+    def _state_unless_gone(self, status: _Request, gone: tuple[int, ...]) -> RunState | None:
         """The state of a run; None where the API answers that it is gone."""
         try:
-            return self._call(look)  # type: ignore[no-any-return]
+            return self._call(status)  # type: ignore[no-any-return]
         except ApiError as error:
             if error.http_status not in gone:
                 raise
@@ -1586,52 +1646,31 @@ class Session:
         asked again after each sleep, which may return early. With `ask_always`, `sleep` is asked
         even where there is nothing to wait for.
         """
-        asked = not ask_always
+        has_to_ask = ask_always
         while True:
             now = self._clock()
             seconds = next_attempt(now, self._held_until) - now
-            if asked and seconds <= _TICK:
+            if seconds <= _CLOCK_TOLERANCE and not has_to_ask:
                 return True
-            if self._nap(seconds):
+            if self._sleep_once(seconds):
                 return False
-            asked = True
+            has_to_ask = False
 
-    def _nap(self, seconds: float) -> bool:
+    def _sleep_once(self, seconds: float) -> bool:
         """Sleep once; true when `sleep` ends what waits."""
         if seconds <= 0 and self._sleep is time.sleep:
             return False
         return self._sleep(min(max(seconds, 0.0), threading.TIMEOUT_MAX)) is True
 
 
-def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """Headers that can be sent; http.client would show the value that it refuses."""
-    checked = {}
-    for name, value in dict(headers or {}).items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):  # RFC 9110 section 5.6.2
-            raise ValueError(f"{name!r} cannot be the name of a header")
-        if not re.fullmatch(r"[ -~\xa0-\xff]*", value):
-            raise ValueError(f"the header {name!r} has a character that cannot be sent")
-        checked[name.title()] = value
-    return checked
-
-
 def _reached(point: float, now: float) -> bool:
-    return now >= point - _TICK
-
-
-def _at_least(least: float, name: str, value: Any) -> float:
-    """A number that is an argument, checked."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} has to be a number, not {type(value).__name__}")
-    if not value >= least:
-        raise ValueError(f"{name} has to be at least {least:g}, not {value!r}")
-    return value
+    return now >= point - _CLOCK_TOLERANCE
 
 
 # ---- Following runs: knows when a run is polled, and nothing of HTTP.
 
 
-_LAST_LOOK = 0.1  # seconds before the deadline that are kept for a last poll, at least
+_LAST_POLL_MARGIN = 0.1  # seconds before the deadline that are kept for a last poll, at least
 _Interval = Union[float, Callable[[RunState], float]]
 
 
@@ -1705,7 +1744,7 @@ class _Watch:
         self._interval = interval
         self._timeout = timeout
         self._began = self._answered = began
-        self._last_look = self.deadline - _LAST_LOOK
+        self._last_poll = self.deadline - _LAST_POLL_MARGIN
         self._polls = 0
         self._first_progress: tuple[float, float] | None = None  # of this iteration, and when
 
@@ -1714,9 +1753,9 @@ class _Watch:
         due = max(self.due, held_until, now)
         if not _reached(self.deadline, due):
             return due
-        if not _reached(self._last_look, now):
-            return self._last_look  # no timeout is raised before, whatever holds us back
-        raise self.timed_out() from self.fault
+        if not _reached(self._last_poll, now):
+            return self._last_poll  # no timeout is raised before, whatever holds us back
+        raise self.timeout_error() from self.fault
 
     def answered(self, outcome: _Outcome) -> RunState:
         """Take in a good answer, and return it as the caller sees it."""
@@ -1724,7 +1763,7 @@ class _Watch:
         state, began, now = outcome
         self._polls += 1
         self._answered = now
-        self._last_look = self.deadline - max(_LAST_LOOK, 2 * (now - began))
+        self._last_poll = self.deadline - max(_LAST_POLL_MARGIN, 2 * (now - began))
         state = replace(
             state,
             polls=self._polls,
@@ -1741,15 +1780,14 @@ class _Watch:
         fault, _, now = outcome
         self.fault = fault
         if fault.transient and _reached(self.deadline, now):
-            raise self.timed_out() from fault
+            raise self.timeout_error() from fault
         due = self.retry.failed(outcome)
         self._set_due(due, now)
         return due
 
     def schedule(self, now: float) -> None:
         """Set when the poll after the last state is due."""
-        if self.state is None:
-            return
+        assert self.state is not None
         seconds = min(self.state.retry_after or 0.0, _LONGEST_RETRY_AFTER)
         if not seconds:
             interval = self._interval
@@ -1758,7 +1796,7 @@ class _Watch:
         self._set_due(self._answered + seconds, now)
 
     def _set_due(self, due: float, now: float) -> None:
-        last = self.deadline if _reached(self._last_look, now) else self._last_look
+        last = self.deadline if _reached(self._last_poll, now) else self._last_poll
         self.due = min(due, last)
 
     def _eta(self, progress: float | None, now: float) -> float | None:
@@ -1770,11 +1808,12 @@ class _Watch:
         gained, taken = progress - self._first_progress[0], now - self._first_progress[1]
         return (1 - progress) * taken / gained if gained > 0 and taken > 0 else None
 
-    def timed_out(self, when: str = "") -> PollTimeout:
+    def timeout_error(self, why: str = "") -> PollTimeout:
+        within = f" within {_rounded(self._timeout)} s" if self._timeout < math.inf else ""
         seen = f"last status {_excerpt(self.state.status)!r}" if self.state else "no status seen"
         text = (
-            f"{self.request.name}: not ended {when or f'within {_rounded(self._timeout)} s'} "
-            f"({seen}); the run goes on, and iter_status(session, error.params) follows it again"
+            f"{self.request.name}: not ended{within}{why} ({seen}); the run goes on, and "
+            "iter_status(session, error.params) follows it again"
         )
         return PollTimeout(text, params=self.request.run, state=self.state)
 
@@ -1819,7 +1858,7 @@ def wait(
     for state in _follow(session, watch):
         if state.done:
             return state
-    raise watch.timed_out("when sleep() ended the wait") from watch.fault
+    raise watch.timeout_error(", as sleep() ended the wait") from watch.fault
 
 
 def iter_batch(
@@ -1842,9 +1881,7 @@ def iter_batch(
     """
     if isinstance(runs, (str, Mapping, RunState)):
         raise TypeError("runs has to be an iterable of runs; for one, use iter_status")
-    if not isinstance(workers, int):
-        raise TypeError(f"workers has to be an int, not {type(workers).__name__}")
-    _at_least(1, "workers", workers)
+    _at_least(1, "workers", _checked(int, "workers", workers))
     return _Batch(session, _watches(session, runs, interval, timeout), workers).follow()
 
 
@@ -1852,9 +1889,7 @@ def _watches(
     session: Session, runs: Iterable[_Run], interval: _Interval, timeout: float | None
 ) -> list[_Watch]:
     """A watch for each of the runs, all begun now; the arguments are checked."""
-    if not isinstance(session, Session):
-        raise TypeError(f"session has to be a Session, not {type(session).__name__}")
-    began = session._clock()
+    began = _checked(Session, "session", session)._clock()
     seconds = math.inf if timeout is None else _at_least(-math.inf, "timeout", timeout)
     if not callable(interval):
         _at_least(0, "interval", interval)
@@ -1896,13 +1931,14 @@ def _record(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | No
 class _Batch:
     """The watches of many runs, under a heap of due times.
 
-    Its threads only make attempts; all else happens in the caller's thread, so that nothing needs
-    a lock. They are daemons, so that nobody waits for what is in flight after Ctrl-C.
+    Its threads only make attempts; all else happens in the caller's, so that nothing needs a lock.
+    They are daemons, so that nobody waits for what is in flight after Ctrl-C.
     """
 
     def __init__(self, session: Session, watches: list[_Watch], workers: int) -> None:
         self._session, self._watches, self._workers = session, watches, workers
         self._due: list[tuple[float, int]] = []  # a heap: when, and the index of the watch
+        self._arrived: deque[tuple[int, RunState]] = deque()  # states to be handed out
         self._in_flight = 0
         self._errors: dict[int, RunpollError] = {}
         self._threads: list[threading.Thread] = []
@@ -1912,17 +1948,21 @@ class _Batch:
 
     def follow(self) -> Generator[RunState, None, None]:
         """Each run as `_follow` does: hand out a state, plan the next poll, wait, poll."""
+        for index, watch in enumerate(self._watches):
+            if watch.state:
+                self._arrived.append((index, watch.state))
+            else:
+                heapq.heappush(self._due, (watch.due, index))
         try:
-            for index, watch in enumerate(self._watches):
-                if watch.state:
-                    yield watch.state
-                self._plan(index)
-            while self._due or self._in_flight:
+            while self._due or self._in_flight or self._arrived:
                 if not self._send_due():
                     return
-                for index, state in self._received():
+                self._receive()
+                if self._arrived:
+                    index, state = self._arrived.popleft()
                     yield state
-                    self._plan(index)
+                    if not state.done:
+                        self._plan(index)
         finally:
             self._close()
         if self._errors:
@@ -1930,24 +1970,23 @@ class _Batch:
             raise self._error(f"{many} runs were not followed to their ends")
 
     def _plan(self, index: int) -> None:
-        """Once its state was handed out: when a run is polled next, if it is."""
+        """Once its state was handed out: when a run is polled next."""
         watch = self._watches[index]
-        if not (watch.state and watch.state.done):
-            watch.schedule(self._session._clock())
-            heapq.heappush(self._due, (watch.due, index))
+        watch.schedule(self._session._clock())
+        heapq.heappush(self._due, (watch.due, index))
 
     def _send_due(self) -> bool:
         """Hand what is due to idle workers. False when `sleep` ends all.
 
-        Sleeps until the next attempt is due where none is in flight.
+        Sleeps until the next attempt is due where nothing else can come.
         """
         while self._due and self._in_flight < self._workers:
             seconds = self._due[0][0] - self._session._clock()
-            if seconds > _TICK and self._in_flight:
-                break  # what is in flight may come first
-            if self._session._nap(seconds):
+            if seconds > _CLOCK_TOLERANCE and (self._in_flight or self._arrived):
+                break
+            if self._session._sleep_once(seconds):
                 return False
-            if seconds <= _TICK:
+            if seconds <= _CLOCK_TOLERANCE:
                 self._send(heapq.heappop(self._due)[1])
         return True
 
@@ -1969,7 +2008,7 @@ class _Batch:
         self._orders.put(index)
 
     def _work(self) -> None:
-        """In a thread: make attempts, until the batch is closed."""
+        """In a thread: make the attempts that are ordered, until the batch is closed."""
         while True:
             index = self._orders.get()
             if index is None or self._closed.is_set():
@@ -1979,31 +2018,32 @@ class _Batch:
             except BaseException as error:  # for the caller's thread to raise
                 self._outcomes.put((index, error))
 
-    def _received(self) -> Iterable[tuple[int, RunState]]:
-        """The next state to come and whose it is; none where another attempt is due before."""
-        if not self._in_flight:
-            return ()
+    def _receive(self) -> None:
+        """Wait for what comes of an attempt, until another is due."""
+        if self._arrived or not self._in_flight:
+            return
         idle = self._in_flight < self._workers
         until = self._due[0][0] if self._due and idle else math.inf
         seconds = min(max(until - self._session._clock(), 0.0), threading.TIMEOUT_MAX)
         try:
             index, outcome = self._outcomes.get(timeout=seconds)
         except queue.Empty:
-            return ()
+            return
         self._in_flight -= 1
         if isinstance(outcome, BaseException):
             raise outcome
+        watch = self._watches[index]
         try:
-            state = _record(self._session, self._watches[index], outcome)
+            state = _record(self._session, watch, outcome)
         except RunpollError as error:
             self._errors[index] = error
             if isinstance(error, ApiError) and error.http_status == 401:
                 raise self._error("the key was refused, and no run is followed any more") from None
-            return ()
-        if state is None:
-            heapq.heappush(self._due, (self._watches[index].due, index))
-            return ()
-        return [(index, state)]
+            return
+        if state:
+            self._arrived.append((index, state))
+        else:
+            heapq.heappush(self._due, (watch.due, index))
 
     def _close(self) -> None:
         """Begin no further request; those in flight are left to end by themselves."""
@@ -2042,7 +2082,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log.setLevel(logging.DEBUG if options.verbose else logging.WARNING)
     _log.addHandler(handler)
     try:
-        code, problem = _followed(options, live)
+        code, problem = _run_command(options, live)
     finally:
         _log.removeHandler(handler)
         _log.setLevel(level)
@@ -2055,7 +2095,7 @@ def _parsed_arguments(argv: Sequence[str] | None) -> Any:
     import argparse
 
     def pair(text: str) -> list[str]:
-        if "=" not in text:
+        if not re.match(r"[\w-]+=", text):  # the value may be a secret, and is not shown
             raise argparse.ArgumentTypeError("it has to be NAME=VALUE")
         return text.split("=", 1)
 
@@ -2067,6 +2107,7 @@ def _parsed_arguments(argv: Sequence[str] | None) -> Any:
 
     parser = argparse.ArgumentParser(
         prog="runpoll",
+        allow_abbrev=False,
         description="Follow a remote run until it ends. The API key is read from RUNPOLL_API_KEY.",
         epilog="Exit code: 0 succeeded, 1 failed, 3 cancelled, 2 wrong usage, 5 an API or "
         "transport error, 124 timed out, 130 interrupted.",
@@ -2084,12 +2125,15 @@ def _parsed_arguments(argv: Sequence[str] | None) -> Any:
     add("--verbose", "-v", action="store_true", help="log each poll")
     add("--version", action="version", version=f"runpoll {__version__}")
     options, unknown = parser.parse_known_args(argv)
-    if unknown:  # not its value, which may be a secret
-        parser.error(f"unknown argument {unknown[0].partition('=')[0]!r}")
+    if unknown:
+        names = [argument.partition("=")[0] for argument in unknown if argument[:2] == "--"]
+        parser.error(f"unknown arguments: {' '.join(names) or 'is there a value to be quoted?'}")
+    if options.param and "://" in options.run:
+        parser.error("--param goes with an id; a status URL has every parameter in it")
     return options
 
 
-def _followed(options: Any, live: bool) -> tuple[int, str]:
+def _run_command(options: Any, live: bool) -> tuple[int, str]:
     """Follow the run: the exit code, and what is to be said at the end."""
     key = os.environ.get("RUNPOLL_API_KEY")
     run = options.run
@@ -2171,19 +2215,21 @@ def _print_states(states: Iterable[RunState], live: bool, as_json: bool) -> RunS
     return state
 
 
-def _plain_line(state: RunState, bar: str = "") -> str:
-    share = "" if state.progress is None else f"{bar}{state.progress:4.0%} "
+def _plain_line(state: RunState) -> str:
+    share = "" if state.progress is None else f"{state.progress:4.0%} "
     return f"{state.phase:<9} {share}{_excerpt(state.status)}"
 
 
 def _progress_line(state: RunState, columns: int) -> str:
-    """A line with a bar and the time, cut to so many columns."""
+    """A line with a bar and the time, and of the status what then fits into so many columns."""
     import unicodedata
 
-    size = min(20, columns // 4)
-    bar = f"[{'#' * int((state.progress or 0.0) * size):<{size}}] "
-    left = f"{state.eta:.0f} s left, " if state.eta and not state.done else ""
-    line = f"{_plain_line(state, bar)} ({left}{state.elapsed:.0f} s)"
+    line = f"{state.phase:<9} "
+    if state.progress is not None:
+        size = min(20, columns // 8)
+        line += f"[{'#' * int(state.progress * size):<{size}}]{state.progress:4.0%} "
+    left = f", {state.eta:.0f} s left" if state.eta and not state.done else ""
+    line += f"{state.elapsed:.0f} s{left}  {_excerpt(state.status)}"
     widths = [2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in line]
     while sum(widths) > columns:
         widths.pop()

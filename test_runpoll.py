@@ -115,6 +115,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.number = self.owner.opened(self.connection)
 
     def serve(self) -> None:
+        self.owner.closing.wait(self.owner.reads_after)
         content = self.rfile.read(
             int(self.headers.get("Content-Length") or 0)
         )  # else it is taken for the next request
@@ -152,6 +153,7 @@ class Server:
     def __init__(self, *answers: Any, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
         self.answers = list(answers)
         self.requests: list[Request] = []
+        self.reads_after = 0.0  # seconds from a request's headers to its body
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
@@ -980,10 +982,13 @@ def test_the_usual_words_are_known_in_any_spelling(phase, word, spell):
 
 
 @pytest.mark.parametrize(
-    ("status", "phase"), [(-2, "failed"), (2, "succeeded"), ("-2", "failed"), (2.0, "unknown")]
+    ("status", "phase"),
+    [(-2, "failed"), (2, "succeeded"), (" -2", "failed"), (2.0, "unknown"), (-1e22, "unknown")],
 )
 def test_a_word_that_is_a_number_keeps_its_sign(status, phase):
-    api = dataclasses.replace(ORDINARY, phases={"-2": Phase.FAILED, "2": "succeeded"})
+    api = dataclasses.replace(
+        ORDINARY, phases={"-2": Phase.FAILED, "2": "succeeded", "1e+22": "failed"}
+    )
     assert api.read_state(run(status)).phase == phase
 
 
@@ -1288,6 +1293,14 @@ def test_an_api_of_the_wrong_types_is_a_type_error(options):
         dataclasses.replace(ORDINARY, **options)
 
 
+def test_each_duration_of_doclo_is_milliseconds():
+    for fields in ({"duration": 1500}, {"duration": True, "metrics": {"durationMs": 1500}}):
+        assert runpoll.DOCLO.read_state({"id": "r1", "status": "success", **fields}).duration == 1.5
+    for nothing in (10**400, "x", -1, True):
+        answer = {"id": "r1", "status": "success", "duration": nothing}
+        assert runpoll.DOCLO.read_state(answer).duration is None
+
+
 def test_read_state_reads_a_webhook_alone():
     state = runpoll.RAPIDFOLIO.read_state({"runId": "r1", "status": "completed", "output": 1})
     assert (state.params, state.result(), state.raw["runId"]) == ({"run_id": "r1"}, 1, "r1")
@@ -1296,14 +1309,19 @@ def test_read_state_reads_a_webhook_alone():
 @pytest.mark.parametrize(
     ("params", "text"),
     [
-        (None, "the answer has no id of a run; it says: no such run"),
-        ({"run_id": "r1"}, "the answer has no status of the run; it says: no such run"),
+        (None, "the answer has no id of a run"),
+        ({"run_id": "r1"}, "the answer has no status of run r1"),
     ],
 )
-def test_what_is_no_state_is_told_in_a_sentence_with_what_the_api_says(params, text):
+@pytest.mark.parametrize("root", ["", "data"])
+def test_what_is_no_state_is_told_in_a_sentence_with_what_the_api_says(params, text, root):
+    said: Any = {"error": {"message": "no such run"}}  # R16
+    api = dataclasses.replace(ORDINARY, root=root)
     with pytest.raises(BadResponse) as caught:
-        ORDINARY.read_state({"error": {"message": "no such run"}}, params)  # R16
-    assert str(caught.value) == text and caught.value.params == params and caught.value.transient
+        api.read_state({root: said} if root else said, params, http_status=202)
+    whole = f"{text}; it says: no such run; check the base_url and the Api's root and fields"
+    assert str(caught.value) == whole and caught.value.params == params
+    assert caught.value.transient and caught.value.http_status == 202
 
 
 @pytest.mark.parametrize("body", [None, [], "running", 5, {}, {"data": None}])
@@ -1786,6 +1804,7 @@ def test_who_is_limited_holds_back_the_whole_session(lab, status, held):
 
 OPEN = {  # what leaves open whether a run has begun
     "408": 408,
+    "425": 425,
     "500": 500,
     "502": 502,
     "504": 504,
@@ -1825,7 +1844,7 @@ def test_a_start_that_made_no_connection_has_begun_no_run(lab):
     assert caught.value.sent is False and len(lab.naps) > 5
 
 
-@pytest.mark.parametrize("status", [400, 401, 402, 404, 409, 422, 425])
+@pytest.mark.parametrize("status", [400, 401, 402, 404, 409, 422])
 def test_a_start_that_is_refused_has_begun_no_run(lab, status):
     with pytest.raises(ApiError, match="; no run has begun"):
         lab.open(status).start()
@@ -1923,6 +1942,12 @@ def test_a_strange_success_answer_is_a_bad_response(lab, body):
     assert caught.value.http_status == 200 and caught.value.__cause__ is None
 
 
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"3e8\r\n" + b" " * 1000 + b"\r\n",
+)
+
+
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -1934,6 +1959,7 @@ def test_a_strange_success_answer_is_a_bad_response(lab, body):
         pytest.param(
             [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"], id="a broken chunk"
         ),
+        pytest.param([*CHUNKED[:1], b"-5\r\nabcde\r\n0\r\n\r\n"], id="a chunk of -5 bytes"),
         pytest.param([b"HTTP/1.1 103 Early Hints\r\n\r\n"], id="an interim answer alone"),
     ],
 )
@@ -1953,12 +1979,6 @@ def test_a_gzipped_answer_is_unpacked(lab):
     session = lab.open(answer(body, headers={"Content-Encoding": "gzip"}))
     assert session.poll("r1").ok and session.poll("r1").ok
     assert {request.connection for request in lab.requests} == {1}
-
-
-CHUNKED = (
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
-    b"3e8\r\n" + b" " * 1000 + b"\r\n",
-)
 
 
 @pytest.mark.parametrize(
@@ -2069,6 +2089,12 @@ def test_what_an_answer_left_of_its_time_is_no_limit_for_the_next_request(lab):
     session = lab.open(late, answer([7]), request_timeout=0.25)
     session.request("GET", "/a")
     assert session.request("PUT", "/b", "x" * 2**22) == [7]
+
+
+def test_sending_a_body_has_the_time_of_the_attempt_not_that_of_connecting(lab):
+    session = lab.open(run(), request_timeout=0.2)
+    lab.server.reads_after = 0.3
+    assert session.start("x" * 2**24, request_timeout=30).id == "r1"
 
 
 # ---- Proxies and TLS
@@ -2222,6 +2248,13 @@ def test_a_key_that_the_api_sends_back_is_in_no_error_and_no_log(lab, caplog, ec
     records = "".join(record.getMessage() for record in caplog.records if record.name == "runpoll")
     assert KEY not in shown + records + repr(vars(error)) + repr(session)
     assert "[key]" in shown + repr(vars(error))
+
+
+def test_a_key_that_is_escaped_in_json_is_shown_by_no_error_info(lab):
+    session = lab.open(answer(rb'{"error": "bad key abc\/def\/ghi=="}', 400), key="abc/def/ghi==")
+    with pytest.raises(ApiError) as caught:
+        session.poll("r1")
+    assert caught.value.error.message == "bad key [key]"
 
 
 def test_a_key_of_seven_characters_may_be_an_ordinary_word(lab):
@@ -2821,9 +2854,38 @@ def test_the_states_of_many_runs_are_yielded_as_they_arrive(lab):
     assert lab.naps == [5, 5, 5]
 
 
+def test_a_rate_limit_of_one_run_uses_up_no_outage_of_another(lab):
+    limited = answer(None, 429, {"Retry-After": "90"})
+    session = fleet(lab, {"a": [502, 502, "done"], "b": [limited, "done"]})
+    ended = [state.id for state in iter_batch(session, ["a", "b"], timeout=600) if state.done]
+    assert sorted(ended) == ["a", "b"]
+
+
+def test_runs_are_polled_while_the_states_that_were_handed_in_are_looked_at(lab):
+    session = fleet(lab, {"a": ["running", "done"], "b": ["done"], "r1": ["done"]})
+    states = iter_batch(session, [read(), "a", "b"], timeout=60)
+    assert next(states).id == "r1"
+    until(lambda: len(lab.requests) == 2)
+
+
 def workers_left() -> list[threading.Thread]:
     """The threads that are no server's: runpoll's alone are daemons."""
     return [thread for thread in threading.enumerate() if thread.daemon]
+
+
+def test_an_error_that_read_state_raises_itself_stops_no_other_run(lab):
+    class Own(Api):
+        def read_state(self, body: Any, *arguments: Any, **named: Any) -> RunState:
+            if body["id"] == "a":
+                raise runpoll.RunpollError("of another tenant")
+            return super().read_state(body, *arguments, **named)
+
+    session = fleet(
+        lab, {"a": ["done"], "b": ["running", "done"]}, api=Own(ORDINARY.base_url, ORDINARY.status)
+    )
+    states = iter_batch(session, ["a", "b"], timeout=60)
+    assert [str(error) for error in errors_of(states)] == ["of another tenant"]
+    assert lab.asked.count("GET /jobs/b") == 2
 
 
 def test_a_batch_that_has_ended_leaves_no_thread(lab):
@@ -3164,13 +3226,22 @@ def test_an_error_of_the_api_is_5_and_a_missing_key_is_named(shell, monkeypatch)
         (["--header", "A=sec\nret"], "the header 'A' has a character"),
         (["--param", "b=c"], "the path '/jobs/{run_id}' has no 'b'; see runpoll --help"),
         (["--base-url", "ftp://a"], "a base_url begins with https://"),
-        (["--headers=secret"], "unknown argument '--headers'"),
+        (["--headers=secret"], "unknown arguments: --headers"),
+        (["--he=A=secret"], "unknown arguments: --he"),
+        (["-Hsecret"], "unknown arguments: is there a value to be quoted?"),
+        (["--header", "Authorization=Bearer", "secret"], "is there a value to be quoted?"),
+        (["--header", "A: secret="], "--header: it has to be NAME=VALUE"),
     ],
 )
 def test_wrong_usage_is_2_and_says_what_to_do_without_a_value(shell, arguments, complaint):
     code, lines, complaints = shell(*arguments)
     assert code == 2 and not lines and complaint in " ".join(complaints)
     assert "secret" not in " ".join(complaints)
+
+
+def test_a_param_beside_a_status_url_is_wrong_usage(capsys):
+    assert runpoll.main(["--param", "b=c", "https://a.test/runs/r1"]) == 2
+    assert "--param goes with an id" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -3315,13 +3386,13 @@ def test_on_a_terminal_one_line_that_fits_is_drawn_again_and_stays(lab, columns)
     for frame in drawn:
         wide = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in frame)
         assert wide < columns
-    assert drawn[0].startswith("pending   [####") and " 50% queued" in drawn[0]
+    assert drawn[0].startswith("pending   [##") and " 50% 0 s  queued" in drawn[0]
 
 
 @POSIX
 def test_the_line_on_a_terminal_has_the_time_left(lab):
     lab.server = lab.enter(Server(*[run(progress=n) for n in range(0, 100, 10)], DONE))
-    assert re.search(r"running   \[#+ +\] +\d+% running \(\d+ s left, \d+ s\)", terminal(lab))
+    assert re.search(r"running   \[#+ +\] +\d+% \d+ s, \d+ s left  running", terminal(lab))
 
 
 @POSIX
