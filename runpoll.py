@@ -83,6 +83,16 @@ __all__ = [
 _T = TypeVar("_T")
 _log = logging.getLogger("runpoll")
 
+# One poll, from top to bottom; a direct call takes the same way by Session._call, without a watch:
+#
+#   iter_status, _follow                 the loop: ask when, wait, attempt, record, yield
+#     _Watch.next_attempt                when; raises PollTimeout where that is never
+#     Session._wait                      sleeps until then
+#     Session._attempt, _answer          one request; its error is returned, not raised
+#       _Wire.exchange                   urllib3
+#       Session._read_state, Api.read_state
+#     _Watch.answered, _Watch.failed     what came; _Retry says when to try again, or raises
+
 
 # ---- Errors
 
@@ -813,6 +823,9 @@ ONEPIN = Api(
 
 # ---- The wire: one request, one answer. It knows nothing of JSON, runs and keys.
 
+# urllib3 limits each receive but not the whole answer, begins a new limit after a proxy's CONNECT,
+# and lends connections that have been idle for hours. The connections and pools here mend that.
+
 
 _SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = 0.001, 1e9  # seconds; sockets take no more
 _IDLE_LIMIT = 15.0  # seconds; what is idle for longer, servers and middleboxes close unseen
@@ -915,6 +928,29 @@ class _HTTPSPool(_HTTPPool, HTTPSConnectionPool):
     ConnectionCls = _HTTPSConnection
 
 
+class _Request(NamedTuple):
+    """What is sent, worked out once for all of its attempts."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes | None
+    timeout: float  # seconds for one attempt
+    read: Callable[[_Answer], Any]  # makes something of a good answer, or raises BadResponse
+    answer_statuses: Sequence[int] = ()  # besides 2xx
+    run: dict[str, str] | None = None  # the params of the one that it concerns
+    starts: bool = False  # a run
+    repeatable: bool = False  # even where an earlier attempt may have arrived
+
+    @property
+    def name(self) -> str:
+        """The request as texts call it; a query may be secret."""
+        name = f"{self.method} {self.path.partition('?')[0]}"
+        if self.run:
+            return f"run {_excerpt(self.run['run_id'])} ({name})"
+        return f"start ({name})" if self.starts else name
+
+
 class _Answer(NamedTuple):
     status: int
     reason: str
@@ -947,19 +983,17 @@ class _Wire:
 
     def exchange(
         self,
-        method: str,
-        path: str,
-        headers: dict[str, str],
-        body: bytes | None,
+        request: _Request,
+        authorization: dict[str, str],
         connect_seconds: float,
         seconds: float,
     ) -> _Answer:
-        """Send one request and read its answer. Raises one of _NO_ANSWER where there is none."""
+        """Send a request and read its answer. Raises one of _NO_ANSWER where there is none."""
         response: Any = self._pool.urlopen(
-            method,
-            self._prefix + path,
-            body=body,
-            headers=headers,
+            request.method,
+            self._prefix + request.path,
+            body=request.body,
+            headers={**request.headers, **authorization},
             retries=_ONE_ATTEMPT,
             redirect=False,
             timeout=urllib3.Timeout(connect=connect_seconds, read=seconds),
@@ -1025,22 +1059,6 @@ _ADVICE = {
     403: "check the API key and what it may do",
     404: "check the id, the base_url and whose key it is",
 }
-
-
-class _Request(NamedTuple):
-    """What is sent, worked out once for all of its attempts."""
-
-    name: str  # as texts call it
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes | None
-    timeout: float  # seconds for one attempt
-    read: Callable[[_Answer], Any]  # makes something of a good answer, or raises BadResponse
-    answer_statuses: Sequence[int] = ()  # besides 2xx
-    run: dict[str, str] | None = None  # the params of the one that it concerns
-    starts: bool = False  # a run
-    repeatable: bool = False  # even where an earlier attempt may have arrived
 
 
 class _Outcome(NamedTuple):
@@ -1489,13 +1507,8 @@ class Session:
         timeout: float | None = None,
         **options: Any,
     ) -> _Request:
-        """A request with the session's headers; `options` are fields of _Request."""
+        """A request with the session's headers; `options` are further fields of _Request."""
         path = template.fill(params)
-        name = f"{template.method} {path.partition('?')[0]}"
-        if options.get("run"):
-            name = f"run {_excerpt(options['run']['run_id'])} ({name})"
-        elif options.get("starts"):
-            name = f"start ({name})"
         all_headers = {**self._headers, **_checked_headers(headers)}
         content = None
         if body is not None:
@@ -1504,7 +1517,7 @@ class Session:
         if timeout is None:
             timeout = self._timeout
         _at_least(_SHORTEST_TIMEOUT, "request_timeout", timeout)
-        return _Request(name, template.method, path, all_headers, content, timeout, **options)
+        return _Request(template.method, path, all_headers, content, timeout, **options)
 
     def _read_state(self, params: dict[str, str], answer: _Answer) -> RunState:
         """The state in an answer to a start or a poll."""
@@ -1565,15 +1578,10 @@ class Session:
         if attempt.seconds <= 0:
             what = "not sent, as the key took all the time that was left; try again later"
             return attempt.fault(TransportError, what, False, sent=attempt.may_have_begun)
-        headers = {**request.headers, **self._authorization(attempt.key)}
+        authorization = self._authorization(attempt.key)
         try:
             answer = self._wire.exchange(
-                request.method,
-                request.path,
-                headers,
-                request.body,
-                attempt.connect_seconds,
-                attempt.seconds,
+                request, authorization, attempt.connect_seconds, attempt.seconds
             )
         except _NO_ANSWER as error:
             return _transport_error(attempt, error)
@@ -1719,8 +1727,8 @@ class Backoff:
 class _Watch:
     """When the next attempt at one run is due. It never waits and makes no request.
 
-    The deadline is held here: a due time is cut to a last look that just fits, and `next_attempt`
-    raises PollTimeout where no attempt can begin before the deadline any more.
+    The deadline is held here: what would be due later is planned as a last poll that just fits, and
+    `next_attempt` raises PollTimeout where none fits any more. An attempt gets the time until it.
     """
 
     def __init__(
