@@ -1724,6 +1724,7 @@ class Backoff:
         return min(seconds, max(self.pace * state.eta, self.initial))
 
 
+@dataclass(eq=False)
 class _Watch:
     """When the next attempt at one run is due. It never waits and makes no request.
 
@@ -1731,53 +1732,44 @@ class _Watch:
     `next_attempt` raises PollTimeout where none fits any more. An attempt gets the time until it.
     """
 
-    def __init__(
-        self,
-        request: _Request,
-        retry: _Retry,
-        run: _Run,
-        interval: _Interval,
-        began: float,
-        timeout: float,
-    ) -> None:
-        self.request = request
-        self.retry = retry
-        self.deadline = began + timeout
-        self.due = began
-        self.state: RunState | None = None  # the last one seen, at first the one handed in
-        self.fault: RunpollError | None = None  # the last one since a good answer
-        if isinstance(run, RunState):
-            self.state = replace(run, polls=0, faults=0, elapsed=0.0, eta=None)
-            retry.lag_statuses.add(404)  # a replica may not know yet what was just started
-        self._interval = interval
-        self._timeout = timeout
-        self._began = self._answered = began
-        self._last_poll = self.deadline - _LAST_POLL_MARGIN
-        self._polls = 0
-        self._first_progress: tuple[float, float] | None = None  # of this iteration, and when
+    request: _Request
+    retry: _Retry
+    interval: _Interval
+    began: float
+    timeout: float
+    state: RunState | None  # the last one seen, at first the one handed in
+    fault: RunpollError | None = None  # the last one since a good answer
+    polls: int = 0
+    first_progress: tuple[float, float] | None = None  # of this iteration, and when
+
+    def __post_init__(self) -> None:
+        self.due = self.began
+        self.deadline = self.began + self.timeout
+        self.last_poll = self.deadline - _LAST_POLL_MARGIN
+        if self.state:
+            self.state = replace(self.state, polls=0, faults=0, elapsed=0.0, eta=None)
+            self.retry.lag_statuses.add(404)  # a replica may not know yet what was just started
 
     def next_attempt(self, now: float, held_until: float) -> float:
         """When the next attempt is due. Raises PollTimeout where that is never."""
         due = max(self.due, held_until, now)
         if not _reached(self.deadline, due):
             return due
-        if not _reached(self._last_poll, now):
-            return self._last_poll  # no timeout is raised before, whatever holds us back
+        if not _reached(self.last_poll, now):
+            return self.last_poll  # no timeout is raised before, whatever holds us back
         raise self.timeout_error() from self.fault
 
     def answered(self, outcome: _Outcome) -> RunState:
         """Take in a good answer, and return it as the caller sees it."""
-        state: RunState
-        state, began, now = outcome
-        self._polls += 1
-        self._answered = now
-        self._last_poll = self.deadline - max(_LAST_POLL_MARGIN, 2 * (now - began))
-        state = replace(
-            state,
-            polls=self._polls,
+        answer, began, now = outcome
+        self.polls += 1
+        self.last_poll = self.deadline - max(_LAST_POLL_MARGIN, 2 * (now - began))
+        state: RunState = replace(
+            answer,
+            polls=self.polls,
             faults=self.retry.faults,
-            elapsed=now - self._began,
-            eta=self._eta(state.progress, now),
+            elapsed=now - self.began,
+            eta=self._eta(answer.progress, now),
         )
         self.state, self.fault = state, None
         self.retry.succeeded()
@@ -1793,31 +1785,29 @@ class _Watch:
         self._set_due(due, now)
         return due
 
-    def schedule(self, now: float) -> None:
-        """Set when the poll after the last state is due."""
-        assert self.state is not None
-        seconds = min(self.state.retry_after or 0.0, _LONGEST_RETRY_AFTER)
+    def schedule(self, state: RunState, now: float) -> None:
+        """Set when the poll after a state is due, counted from its answer."""
+        seconds = min(state.retry_after or 0.0, _LONGEST_RETRY_AFTER)
         if not seconds:
-            interval = self._interval
-            seconds = interval(self.state) if callable(interval) else interval
+            seconds = self.interval(state) if callable(self.interval) else self.interval
             _at_least(0, "interval", seconds)
-        self._set_due(self._answered + seconds, now)
+        self._set_due(self.began + state.elapsed + seconds, now)
 
     def _set_due(self, due: float, now: float) -> None:
-        last = self.deadline if _reached(self._last_poll, now) else self._last_poll
+        last = self.deadline if _reached(self.last_poll, now) else self.last_poll
         self.due = min(due, last)
 
     def _eta(self, progress: float | None, now: float) -> float | None:
         """Seconds that seem to be left, at the pace since this iteration's first poll."""
         if progress is None:
             return None
-        if self._first_progress is None:
-            self._first_progress = progress, now
-        gained, taken = progress - self._first_progress[0], now - self._first_progress[1]
+        if self.first_progress is None:
+            self.first_progress = progress, now
+        gained, taken = progress - self.first_progress[0], now - self.first_progress[1]
         return (1 - progress) * taken / gained if gained > 0 and taken > 0 else None
 
     def timeout_error(self, why: str = "") -> PollTimeout:
-        within = f" within {_rounded(self._timeout)} s" if self._timeout < math.inf else ""
+        within = f" within {_rounded(self.timeout)} s" if self.timeout < math.inf else ""
         seen = f"last status {_excerpt(self.state.status)!r}" if self.state else "no status seen"
         text = (
             f"{self.request.name}: not ended{within}{why} ({seen}); the run goes on, and "
@@ -1906,7 +1896,8 @@ def _watches(
         request = session._status_request(run)
         if request.path not in watches:
             retry = session._new_retry(request, iterating=True)
-            watches[request.path] = _Watch(request, retry, run, interval, began, seconds)
+            given = run if isinstance(run, RunState) else None
+            watches[request.path] = _Watch(request, retry, interval, began, seconds, given)
     return list(watches.values())
 
 
@@ -1918,7 +1909,7 @@ def _follow(session: Session, watch: _Watch) -> Generator[RunState, None, None]:
             yield state
             if state.done:
                 return
-            watch.schedule(session._clock())
+            watch.schedule(state, session._clock())
         if not session._wait(watch.next_attempt, ask_always=True):
             return
         state = _record(session, watch, _poll_once(session, watch))
@@ -1950,114 +1941,95 @@ class _Batch:
         self._in_flight = 0
         self._errors: dict[int, RunpollError] = {}
         self._threads: list[threading.Thread] = []
-        self._closed = threading.Event()
-        self._orders: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._closed = False
+        self._orders: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        for index, watch in enumerate(watches):
+            self._put(index, watch.state)
 
     def follow(self) -> Generator[RunState, None, None]:
-        """Each run as `_follow` does: hand out a state, plan the next poll, wait, poll."""
-        for index, watch in enumerate(self._watches):
-            if watch.state:
-                self._arrived.append((index, watch.state))
-            else:
-                heapq.heappush(self._due, (watch.due, index))
+        """As `_follow` does for one: send what is due, hand out what has arrived, or wait."""
         try:
             while self._due or self._in_flight or self._arrived:
-                if not self._send_due():
-                    return
-                self._receive()
-                if self._arrived:
+                due, now = self._next_due(), self._session._clock()
+                if _reached(due, now) or not (self._in_flight or self._arrived):
+                    if not self._send():
+                        return
+                elif self._arrived:
                     index, state = self._arrived.popleft()
                     yield state
                     if not state.done:
-                        self._plan(index)
+                        self._watches[index].schedule(state, self._session._clock())
+                        self._put(index, None)
+                else:
+                    self._receive(due - now)
         finally:
             self._close()
         if self._errors:
             many = f"{len(self._errors)} of {len(self._watches)}"
             raise self._error(f"{many} runs were not followed to their ends")
 
-    def _plan(self, index: int) -> None:
-        """Once its state was handed out: when a run is polled next."""
-        watch = self._watches[index]
-        watch.schedule(self._session._clock())
-        heapq.heappush(self._due, (watch.due, index))
+    def _put(self, index: int, state: RunState | None) -> None:
+        """Where a run stands next: its state is handed out, or it is polled when that is due."""
+        if state:
+            self._arrived.append((index, state))
+        else:
+            heapq.heappush(self._due, (self._watches[index].due, index))
 
-    def _send_due(self) -> bool:
-        """Hand what is due to idle workers. False when `sleep` ends all.
+    def _next_due(self) -> float:
+        """When an attempt can be sent; never while every worker is busy."""
+        if not self._due or self._in_flight == self._workers:
+            return math.inf
+        return max(self._due[0][0], self._session._held_until)
 
-        Sleeps until the next attempt is due where nothing else can come.
-        """
-        while self._due and self._in_flight < self._workers:
-            seconds = self._due[0][0] - self._session._clock()
-            if seconds > _CLOCK_TOLERANCE and (self._in_flight or self._arrived):
-                break
-            if self._session._sleep_once(seconds):
-                return False
-            if seconds <= _CLOCK_TOLERANCE:
-                self._send(heapq.heappop(self._due)[1])
-        return True
-
-    def _send(self, index: int) -> None:
-        """Hand a run to a worker, unless it is held back or its time is over."""
-        now = self._session._clock()
+    def _send(self) -> bool:
+        """Once it is due, hand the first run to a worker. False when `sleep` ends all."""
+        _, index = heapq.heappop(self._due)
         try:
-            due = self._watches[index].next_attempt(now, self._session._held_until)
+            if not self._session._wait(self._watches[index].next_attempt, ask_always=True):
+                return False
         except PollTimeout as error:
             self._errors[index] = error
-            return
-        if not _reached(due, now):
-            heapq.heappush(self._due, (due, index))
-            return
+            return True
         if self._in_flight == len(self._threads):
             self._threads.append(threading.Thread(target=self._work, daemon=True))
             self._threads[-1].start()
         self._in_flight += 1
         self._orders.put(index)
+        return True
 
     def _work(self) -> None:
         """In a thread: make the attempts that are ordered, until the batch is closed."""
         while True:
             index = self._orders.get()
-            if index is None or self._closed.is_set():
+            if self._closed:
                 return
             try:
                 self._outcomes.put((index, _poll_once(self._session, self._watches[index])))
             except BaseException as error:  # for the caller's thread to raise
                 self._outcomes.put((index, error))
 
-    def _receive(self) -> None:
-        """Wait for what comes of an attempt, until another is due."""
-        if self._arrived or not self._in_flight:
-            return
-        idle = self._in_flight < self._workers
-        until = self._due[0][0] if self._due and idle else math.inf
-        seconds = min(max(until - self._session._clock(), 0.0), threading.TIMEOUT_MAX)
+    def _receive(self, seconds: float) -> None:
+        """Wait at most so long for what comes of an attempt."""
         try:
-            index, outcome = self._outcomes.get(timeout=seconds)
+            index, outcome = self._outcomes.get(timeout=min(seconds, threading.TIMEOUT_MAX))
         except queue.Empty:
             return
         self._in_flight -= 1
         if isinstance(outcome, BaseException):
             raise outcome
-        watch = self._watches[index]
         try:
-            state = _record(self._session, watch, outcome)
+            self._put(index, _record(self._session, self._watches[index], outcome))
         except RunpollError as error:
             self._errors[index] = error
             if isinstance(error, ApiError) and error.http_status == 401:
                 raise self._error("the key was refused, and no run is followed any more") from None
-            return
-        if state:
-            self._arrived.append((index, state))
-        else:
-            heapq.heappush(self._due, (watch.due, index))
 
     def _close(self) -> None:
         """Begin no further request; those in flight are left to end by themselves."""
-        self._closed.set()
+        self._closed = True
         for _ in self._threads:
-            self._orders.put(None)
+            self._orders.put(-1)  # for one that waits to see it
         for thread in self._threads if not self._in_flight else ():
             thread.join()
 
