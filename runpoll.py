@@ -32,8 +32,10 @@ import os
 import queue
 import random
 import re
+import shutil
 import socket
 import ssl
+import sys
 import threading
 import time
 import traceback
@@ -2046,8 +2048,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `argv` are the arguments, by default those of the process; `--help` describes them.
     """
-    import sys
-
     try:
         options = _parsed_arguments(argv)
     except SystemExit as ended:  # as argparse does after --help and wrong usage
@@ -2055,7 +2055,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     live = bool(sys.stdout and sys.stdout.isatty()) and not options.json
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the locale lacks
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler()
     clear = "\r\x1b[K" if live else ""
     handler.setFormatter(logging.Formatter(f"{clear}runpoll: %(message)s"))
     level = _log.level
@@ -2116,9 +2116,7 @@ def _parsed_arguments(argv: Sequence[str] | None) -> Any:
 def _run_command(options: Any, live: bool) -> tuple[int, str]:
     """Follow the run: the exit code, and what is to be said at the end."""
     key = os.environ.get("RUNPOLL_API_KEY")
-    run = options.run
-    if "://" not in run:
-        run = {"run_id": run, **dict(options.param)}
+    run = options.run if "://" in options.run else {"run_id": options.run, **dict(options.param)}
     timeout = options.timeout or None
     try:
         api = _named_api(options.api)
@@ -2129,8 +2127,7 @@ def _run_command(options: Any, live: bool) -> tuple[int, str]:
     goes_on = "the run goes on, and the same command follows it again"
     try:
         with session:
-            state = _print_states(states, live, options.json)
-        state.result()
+            _print_states(states, live, options.json).result()
         return 0, ""
     except RunFailed as error:
         return 1, str(error)
@@ -2142,18 +2139,10 @@ def _run_command(options: Any, live: bool) -> tuple[int, str]:
         return 5, f"{error}" if key else f"{error} (RUNPOLL_API_KEY is not set)"
     except KeyboardInterrupt:
         return 130, f"interrupted; {goes_on}"
-    except OSError as error:  # of the output
-        _discard_output()
+    except OSError as error:  # of the output; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         broken = isinstance(error, BrokenPipeError)  # its reader has gone, and wants no more
         return 130, "" if broken else f"the output failed ({error.strerror}); {goes_on}"
-
-
-def _discard_output() -> None:
-    """Send what is still to be flushed nowhere."""
-    import sys
-
-    with open(os.devnull, "w") as nowhere, suppress(OSError, ValueError):
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _named_api(name: str) -> Api:
@@ -2172,20 +2161,15 @@ def _named_api(name: str) -> Api:
 
 def _print_states(states: Iterable[RunState], live: bool, as_json: bool) -> RunState:
     """Print each state as it comes, and return the last."""
-    import shutil
-
     state, shown = None, ""
     try:
         for state in states:
-            if as_json:
-                print(_json_line(state), flush=True)
-                continue
             if live:
                 line = _progress_line(state, shutil.get_terminal_size().columns - 1)
                 print(f"\r{line}\x1b[K", end="", flush=True)
             else:
-                line = _plain_line(state)
-                if line != shown:
+                line = _json_line(state) if as_json else _plain_line(state)
+                if line != shown:  # a line of JSON always does, by its polls
                     print(line, flush=True)
             shown = line
     finally:
