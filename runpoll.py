@@ -2164,13 +2164,15 @@ def _print_states(states: Iterable[RunState], live: bool, as_json: bool) -> RunS
     state, shown = None, ""
     try:
         for state in states:
-            if live:
-                line = _progress_line(state, shutil.get_terminal_size().columns - 1)
-                print(f"\r{line}\x1b[K", end="", flush=True)
+            if as_json:
+                line = _json_line(state)
+            elif live:
+                line = f"\r{_progress_line(state)}\x1b[K"
             else:
-                line = _json_line(state) if as_json else _plain_line(state)
-                if line != shown:  # a line of JSON always does, by its polls
-                    print(line, flush=True)
+                share = "" if state.progress is None else f"{state.progress:4.0%} "
+                line = f"{state.phase:<9} {share}{_excerpt(state.status)}"
+            if live or line != shown:  # lines of JSON always differ, by their polls
+                print(line, end="" if live else "\n", flush=True)
             shown = line
     finally:
         if live and shown:
@@ -2179,15 +2181,11 @@ def _print_states(states: Iterable[RunState], live: bool, as_json: bool) -> RunS
     return state
 
 
-def _plain_line(state: RunState) -> str:
-    share = "" if state.progress is None else f"{state.progress:4.0%} "
-    return f"{state.phase:<9} {share}{_excerpt(state.status)}"
-
-
-def _progress_line(state: RunState, columns: int) -> str:
-    """A line with a bar and the time, and of the status what then fits into so many columns."""
+def _progress_line(state: RunState) -> str:
+    """A line with a bar and the time, and of the status what then fits the terminal."""
     import unicodedata
 
+    columns = shutil.get_terminal_size().columns - 1
     line = f"{state.phase:<9} "
     if state.progress is not None:
         size = min(20, columns // 8)
