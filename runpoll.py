@@ -32,7 +32,6 @@ import os
 import queue
 import random
 import re
-import shutil
 import socket
 import ssl
 import sys
@@ -2183,6 +2182,7 @@ def _print_states(states: Iterable[RunState], live: bool, as_json: bool) -> RunS
 
 def _progress_line(state: RunState) -> str:
     """A line with a bar and the time, and of the status what then fits the terminal."""
+    import shutil
     import unicodedata
 
     columns = shutil.get_terminal_size().columns - 1
