@@ -245,12 +245,12 @@ class RunState:
         """
         if self.ok:
             return self.output if decode is None else decode(self.output)
-        open_end = f"has not ended (status {_excerpt(self.status)!r}); follow it with iter_status()"
-        endings: dict[Phase, tuple[type[RunpollError], str]] = {
-            Phase.FAILED: (RunFailed, "failed"),
-            Phase.CANCELLED: (RunCancelled, "was cancelled"),
-        }
-        kind, what = endings.get(self.phase, (RunNotDone, open_end))
+        kind: type[RunpollError] = RunNotDone
+        what = f"has not ended (status {_excerpt(self.status)!r}); follow it with iter_status()"
+        if self.phase is Phase.FAILED:
+            kind, what = RunFailed, "failed"
+        elif self.phase is Phase.CANCELLED:
+            kind, what = RunCancelled, "was cancelled"
         text = f"run {_excerpt(self.id)} {what}"
         if self.error:
             text += f": {_excerpt(self.error.message)}"
@@ -266,6 +266,27 @@ def _excerpt(text: str, length: int = 200) -> str:
 
 
 # ---- Reading JSON: what has the wrong type is None, as if it were absent
+
+
+_Reader = Callable[[Any], Any]  # a value as it is read; None for one of the wrong type
+
+
+def _split_paths(paths: str | Sequence[str]) -> list[list[str]]:
+    """Dotted paths as lists of keys."""
+    return [str.split(path, ".") for path in ([paths] if isinstance(paths, str) else paths)]
+
+
+def _first_value(body: Any, paths: list[list[str]], read: _Reader) -> Any:
+    """The first value at one of the paths that `read` takes, as it reads it; else None."""
+    for path in paths:
+        value = body
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            value = read(value)
+            if value is not None:
+                return value
+    return None
 
 
 def _as_is(value: Any) -> Any:
@@ -322,8 +343,10 @@ def _instant(value: Any) -> datetime | None:
     return None
 
 
-_MESSAGES = ["message", "detail", "description", "error_description", "error_message", "title"]
-_NESTINGS = ["error", "errors", "detail"]
+_MESSAGES = _split_paths(
+    ["message", "detail", "description", "error_description", "error_message", "title"]
+)
+_NESTINGS = _split_paths(["error", "errors", "detail"])
 _ERRORS_READ = 100  # of a list of errors; nobody reads more
 
 
@@ -336,16 +359,13 @@ def _error_info(value: Any) -> ErrorInfo | None:
     if isinstance(value, list):
         infos = [info for info in map(_error_info, value[:_ERRORS_READ]) if info]
         return ErrorInfo("; ".join(info.message for info in infos)) if infos else None
-    info = _error_in(value) if isinstance(value, dict) else None
-    return info or ErrorInfo(json.dumps(value, ensure_ascii=False))
+    return _error_in(value) or ErrorInfo(json.dumps(value, ensure_ascii=False))
 
 
-def _error_in(body: dict[str, Any]) -> ErrorInfo | None:
+def _error_in(body: Any) -> ErrorInfo | None:
     """The error in an object that says what happened; None where it says nothing."""
-    texts = [ErrorInfo(body[name]) for name in _MESSAGES if _text(body.get(name))]
-    info = texts[0] if texts else None
-    for name in _NESTINGS:
-        info = info or _error_info(body.get(name))
+    text = _first_value(body, _MESSAGES, _text)
+    info = ErrorInfo(text) if text else _first_value(body, _NESTINGS, _error_info)
     if info is None:
         return None
     return ErrorInfo(
@@ -372,29 +392,26 @@ def _lower_case_names(headers: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds of a Retry-After (RFC 9110 section 10.2.3), by lower-case headers.
+    """The seconds of a Retry-After (RFC 9110 section 10.2.3); None for 0 and what is past.
 
     A date counts from the answer's own Date, so that the clock of this machine does not matter.
-    What is 0, past or unreadable is None.
     """
-    value = headers.get("retry-after", "").strip()
-    if not value:
+    if "retry-after" not in headers:
         return None
+    value = headers["retry-after"].strip()
     if re.fullmatch(r"[0-9]{1,300}(\.[0-9]+)?", value):
-        return float(value) or None
-    until, answered = _http_date(value), _http_date(headers.get("date", ""))
-    if until is None:
-        return None
-    seconds = until - (time.time() if answered is None else answered)
+        seconds = float(value)
+    else:
+        seconds = _http_date(value) - (_http_date(headers.get("date", "")) or time.time())
     return seconds if seconds > 0 else None
 
 
-def _http_date(value: str) -> float | None:
-    """An HTTP date as Unix time; without a zone it is GMT (RFC 9110 section 5.6.7)."""
+def _http_date(value: str) -> float:
+    """An HTTP date as Unix time, 0 for what is none; without a zone it is GMT (RFC 9110, 5.6.7)."""
     with suppress(TypeError, ValueError, IndexError, OverflowError):
         date = email.utils.parsedate_to_datetime(value)
         return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
-    return None
+    return 0.0
 
 
 # ---- Checking arguments
@@ -443,23 +460,32 @@ _USUAL_WORDS = {
     Phase.CANCELLED: "cancelled canceled aborted",
 }
 
-# RunState field -> what reads it, and where it usually stands, in snake_case and in camelCase.
-_USUAL_FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "id": (_text_or_number, "run_id id execution_id job_id task_id"),
-    "status": (_text_or_number, "status state"),
-    "output": (_as_is, "output outputs result results"),
-    "error": (_error_info, "error errors error_message"),
-    "created_at": (_instant, "created_at created submitted_at"),
-    "started_at": (_instant, "started_at start_time"),
-    "completed_at": (_instant, "completed_at finished_at ended_at end_time"),
-    "duration": (_seconds, "duration_seconds"),
-    "steps_done": (_count, "steps_done steps_completed completed_steps finished_steps"),
-    "steps_total": (_count, "steps_total total_steps"),
-    "progress": (_number, "progress"),
-    "status_url": (_text, "status_url"),
+
+def _spelled(names: str) -> list[list[str]]:
+    """Each name as a path, in snake_case and in camelCase."""
+    paths = []
+    for name in names.split():
+        camel_case = name[0] + name.title().replace("_", "")[1:]
+        paths += [[name], [camel_case]]
+    return paths
+
+
+# RunState field -> what reads it, and where it usually stands.
+_USUAL_FIELDS: dict[str, tuple[_Reader, list[list[str]]]] = {
+    "id": (_text_or_number, _spelled("run_id id execution_id job_id task_id")),
+    "status": (_text_or_number, _spelled("status state")),
+    "output": (_as_is, _spelled("output outputs result results")),
+    "error": (_error_info, _spelled("error errors error_message")),
+    "created_at": (_instant, _spelled("created_at created submitted_at")),
+    "started_at": (_instant, _spelled("started_at start_time")),
+    "completed_at": (_instant, _spelled("completed_at finished_at ended_at end_time")),
+    "duration": (_seconds, _spelled("duration_seconds")),
+    "steps_done": (_count, _spelled("steps_done steps_completed completed_steps finished_steps")),
+    "steps_total": (_count, _spelled("steps_total total_steps")),
+    "progress": (_number, _spelled("progress")),
+    "status_url": (_text, _spelled("status_url")),
 }
 
-_Field = Union[str, Sequence[str], Callable[[Any], Any]]
 _Run = Union[str, Mapping[str, Any], RunState]
 _READER_ERRORS = (LookupError, TypeError, ValueError, AttributeError)  # of a caller's own code
 
@@ -477,71 +503,58 @@ _USUAL_PHASES = {
 }
 
 
-def _split_paths(paths: str | Sequence[str]) -> list[list[str]]:
-    """Dotted paths as lists of keys."""
-    return [str.split(path, ".") for path in ([paths] if isinstance(paths, str) else paths)]
-
-
-def _camel_case(name: str) -> str:
-    first, *others = name.split("_")
-    return first + "".join(map(str.capitalize, others))
-
-
-_USUAL_PATHS = {
-    name: _split_paths([way for usual in names.split() for way in (usual, _camel_case(usual))])
-    for name, (_, names) in _USUAL_FIELDS.items()
-}
-
-
-def _first_value(body: Any, paths: list[list[str]], read: Callable[[Any], Any]) -> Any:
-    """The first value at one of the paths that `read` takes, as it reads it; else None."""
-    for path in paths:
-        value = body
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            value = read(value)
-            if value is not None:
-                return value
+def _read_found(find: _Reader, read: _Reader, run: Any) -> Any:
+    """What a callable of the caller's finds in a run; where it raises, nothing."""
+    with suppress(*_READER_ERRORS):
+        return read(find(run))
     return None
 
 
 _PARAMETER = re.compile(r"\{(\w+)\}")
-_DOTS = {".", ".."}  # as a segment they change the path (RFC 3986 section 5.2.4)
+_NO_SEGMENTS = {"", ".", ".."}  # they change a path (RFC 3986 section 5.2.4)
 
 
 class _PathTemplate:
     """A path with parameters, perhaps behind its method: "DELETE /jobs/{run_id}"."""
 
     def __init__(self, template: str, method: str) -> None:
-        given, _, self.path = template.rpartition(" ")
-        self.method = (given or method).upper()
-        self.names: list[str] = _PARAMETER.findall(self.path)
-        plain = re.fullmatch(r"/[^{}\s]*", _PARAMETER.sub("x", self.path))
-        if not plain or not self.method.isalpha() or len(self.names) > len(set(self.names)):
+        found = re.fullmatch(r"(?:([A-Za-z]+) )?(/(?:[^{}\s]|\{\w+\})*)", template)
+        self.names: list[str] = _PARAMETER.findall(template)
+        if not found or len(self.names) > len(set(self.names)):
             raise ValueError(
                 f"a path template is like '/jobs/{{run_id}}' or 'DELETE /jobs/{{run_id}}', "
                 f"each parameter once, not like {template!r}"
             )
+        self.method = (found[1] or method).upper()
+        self.path = found[2]
 
     def fill(self, params: Mapping[str, Any]) -> str:
         """The path; each value is encoded whole, so that it cannot change the rest."""
-        missing = [name for name in self.names if name not in params]
-        unknown = [name for name in params if name not in self.names]
-        if missing or unknown:
-            wrong = f"lacks the parameter {missing[0]!r}" if missing else f"has no {unknown[0]!r}"
-            raise TypeError(f"the path {self.path!r} {wrong}")
-        return _PARAMETER.sub(lambda found: _encoded(found[1], params[found[1]]), self.path)
+        path = self.path
+        for name in self.names:
+            if name not in params:
+                raise TypeError(f"the path {self.path!r} lacks the parameter {name!r}")
+            value = params[name]
+            if isinstance(value, bool) or not isinstance(value, (str, int)):
+                kind = type(value).__name__
+                raise TypeError(f"path parameter {name!r} has to be a str, not {kind}")
+            if value in _NO_SEGMENTS:
+                raise ValueError(f"path parameter {name!r} may not be {value!r}")
+            path = path.replace(f"{{{name}}}", quote(str(value), safe=""))
+        for name in params:
+            if name not in self.names:
+                raise TypeError(f"the path {self.path!r} has no {name!r}")
+        return path
 
-    def match(self, url: str) -> dict[str, str] | None:
-        """The parameters of a URL that ends in this path; None where it does not.
+    def match(self, url: str) -> dict[str, str]:
+        """The parameters of a URL that ends in this path; none where it does not.
 
         Its origin, a trailing slash and a query in which no parameter stands do not matter.
         """
         try:
             parts = urlsplit(url)
         except ValueError:
-            return None
+            return {}
         template, _, query = self.path.partition("?")
         target, value, rest = parts.path, "([^/]+)", "/*"
         if "{" in query:
@@ -549,17 +562,8 @@ class _PathTemplate:
             value, rest = "([^/?&]+)", "(?:&.*)?"
         plain = map(re.escape, _PARAMETER.split(template.strip("/"))[::2])
         found = re.fullmatch("(?:.*/)?" + value.join(plain) + rest, target)
-        values = [unquote(value) for value in found.groups()] if found else []
-        return dict(zip(self.names, values)) if values and not _DOTS.intersection(values) else None
-
-
-def _encoded(name: str, value: Any) -> str:
-    """The value of a path parameter, percent-encoded."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise TypeError(f"path parameter {name!r} has to be a str, not {type(value).__name__}")
-    if value == "" or value in _DOTS:
-        raise ValueError(f"path parameter {name!r} may not be {value!r}")
-    return quote(str(value), safe="")
+        values = list(map(unquote, found.groups())) if found else []
+        return {} if _NO_SEGMENTS.intersection(values) else dict(zip(self.names, values))
 
 
 @dataclass(frozen=True)
@@ -590,7 +594,7 @@ class Api:
     start: str = ""
     cancel: str = ""
     root: str = ""
-    fields: Mapping[str, _Field] = field(default_factory=dict)
+    fields: Mapping[str, str | Sequence[str] | _Reader] = field(default_factory=dict)
     phases: Mapping[str, Phase | str] = field(default_factory=dict)
     auth_header: str = "Authorization"
     auth_scheme: str = "Bearer"
@@ -600,40 +604,40 @@ class Api:
         for name in ("base_url", "status", "start", "cancel", "root", "auth_header", "auth_scheme"):
             _checked(str, name, getattr(self, name))
         _parsed_base_url(self.base_url)
-        unknown = sorted({**self.fields}.keys() - _USUAL_FIELDS.keys())
-        if unknown:
-            raise ValueError(f"fields names {unknown}; it may name {', '.join(_USUAL_FIELDS)}")
-        if "run_id" not in self._paths["status"].names:
+        names = self._paths["status"].names
+        if "run_id" not in names:
             raise ValueError(f"the status template has to name {{run_id}}: {self.status!r}")
-        if self.cancel and set(self._paths["cancel"].names) - set(self._paths["status"].names):
+        if self.cancel and set(self._paths["cancel"].names) - set(names):
             raise ValueError("the cancel template has a parameter that the status template lacks")
-        _ = (
-            self._phases,
-            self._field_paths,
-            tuple(self.answer_statuses),
-        )  # refuse here what cannot be
+        _ = self._phases, self._readers, tuple(self.answer_statuses)  # refuse what cannot be
 
     @cached_property
     def _paths(self) -> dict[str, _PathTemplate]:
-        templates = {"start": self.start, "status": self.status, "cancel": self.cancel}
-        return {
-            name: _PathTemplate(template, "GET" if name == "status" else "POST")
-            for name, template in templates.items()
-            if template or name == "status"
-        }
+        paths = {"status": _PathTemplate(self.status, "GET")}
+        if self.start:
+            paths["start"] = _PathTemplate(self.start, "POST")
+        if self.cancel:
+            paths["cancel"] = _PathTemplate(self.cancel, "POST")
+        return paths
 
     @cached_property
     def _phases(self) -> dict[str, Phase]:
         own = {_normalized(word): Phase(phase) for word, phase in {**self.phases}.items()}
-        return {**_USUAL_PHASES, **own}
+        return {"": Phase.PENDING, **_USUAL_PHASES, **own}  # "" is no word at all, as of a start
 
     @cached_property
-    def _field_paths(self) -> dict[str, Any]:
-        """RunState field -> its paths, split, or its callable."""
-        places: dict[str, Any] = dict(_USUAL_PATHS)
+    def _readers(self) -> dict[str, tuple[_Reader, list[list[str]]]]:
+        """RunState field -> what reads it, and the paths that this is given."""
+        readers = dict(_USUAL_FIELDS)
         for name, place in {**self.fields}.items():
-            places[name] = place if callable(place) else _split_paths(place)
-        return places
+            if name not in readers:
+                raise ValueError(f"fields names {name!r}; it may name {', '.join(readers)}")
+            read, _ = readers[name]
+            if callable(place):
+                readers[name] = partial(_read_found, place, read), [[]]
+            else:
+                readers[name] = read, _split_paths(place)
+        return readers
 
     def read_state(
         self,
@@ -658,83 +662,41 @@ class Api:
             BadResponse: the answer names no run, or has no status of the run that was asked for.
         """
         lowered = _lower_case_names(headers)
-        found = self._read_fields(body)
-        known = {
-            name: str(value)
-            for name, value in (params or {}).items()
-            if name in self._paths["status"].names
+        location = lowered.get("location", "")
+        run = _first_value(body, _split_paths(self.root), _as_is) if self.root else body
+        found = {
+            name: _first_value(run, paths, read) for name, (read, paths) in self._readers.items()
         }
+        path = self._paths["status"]
+        known = {name: str(params[name]) for name in path.names if params and name in params}
         asked = "run_id" in known
-        if not asked and found["id"] is not None:
+        if not asked and found["id"]:
             known["run_id"] = found["id"]
         elif not asked:
-            known = self._params_from_location(known, lowered.get("location"), body, http_status)
-        run_id = known["run_id"]
-        phase = self._phase(found["status"])
+            named = path.match(location)
+            known = named if named.items() >= known.items() else known
+        if "run_id" not in known:
+            text = "the answer has no id of a run"
+            if location:
+                text += f", and its Location {_shown_url(location)} does not end as {self.status!r}"
+            raise _no_state(text, body, run, http_status=http_status)
+        status = found["status"] or ""
+        phase = self._phases.get(_normalized(status), Phase.UNKNOWN)
         # An error answer may be a state all the same, but a gateway's {"status": "error"} is not.
-        listed = found["status"] is not None and phase is not Phase.UNKNOWN
-        is_state = 200 <= http_status < 300 or (listed and found["id"] == run_id)
-        if not is_state or (asked and found["status"] is None):
-            text = f"the answer has no status of run {_excerpt(run_id)}{self._what_it_says(body)}"
-            raise BadResponse(text, params=known, http_status=http_status)
-        found["id"] = found["id"] or run_id
-        found["status"] = found["status"] or ""
-        if phase not in (Phase.FAILED, Phase.CANCELLED):
-            found["error"] = None
-        found["duration"] = _duration(found)
-        found["progress"] = _progress(found, phase)
-        after = _retry_after(lowered)
-        return RunState(**found, phase=phase, params=known, raw=body, retry_after=after)
-
-    def _read_fields(self, body: Any) -> dict[str, Any]:
-        """Each field of the run in a body, None where it is not."""
-        run = self._run_in(body)
-        found: dict[str, Any] = {}
-        for name, place in self._field_paths.items():
-            read = _USUAL_FIELDS[name][0]
-            if not callable(place):
-                found[name] = _first_value(run, place, read)
-                continue
-            found[name] = None
-            with suppress(*_READER_ERRORS):
-                found[name] = read(place(run))
-        return found
-
-    def _run_in(self, body: Any) -> Any:
-        """The object under `root`."""
-        return _first_value(body, _split_paths(self.root), _as_is) if self.root else body
-
-    def _phase(self, status: str | None) -> Phase:
-        if status is None:
-            return Phase.PENDING  # a start that says no more than which run it began
-        return self._phases.get(status) or self._phases.get(_normalized(status), Phase.UNKNOWN)
-
-    def _params_from_location(
-        self, known: dict[str, str], location: str | None, body: Any, http_status: int
-    ) -> dict[str, str]:
-        """The parameters of a run that an answer names by its Location alone."""
-        found = self._paths["status"].match(location or "")
-        if found and all(found[name] == value for name, value in known.items()):
-            return found
-        text = "the answer has no id of a run"
-        if location:
-            text += f", and its Location {_without_query(location)} does not end as {self.status!r}"
-        raise BadResponse(text + self._what_it_says(body), http_status=http_status)
-
-    def _what_it_says(self, body: Any) -> str:
-        """What an answer that should have been a state says of an error, and what to do."""
-        infos = [
-            _error_in(value) for value in (body, self._run_in(body)) if isinstance(value, dict)
-        ]
-        said = next((f"; it says: {_excerpt(info.message)}" for info in infos if info), "")
-        return f"{said}; check the base_url and the Api's root and fields"
+        listed = status and phase is not Phase.UNKNOWN and found["id"] == known["run_id"]
+        if not (200 <= http_status < 300 or listed) or (asked and not status):
+            text = f"the answer has no status of run {_excerpt(known['run_id'])}"
+            raise _no_state(text, body, run, params=known, http_status=http_status)
+        found.update(id=found["id"] or known["run_id"], status=status, phase=phase)
+        _complete(found)
+        return RunState(**found, params=known, raw=body, retry_after=_retry_after(lowered))
 
     def _status_params(self, run: _Run) -> dict[str, str]:
         """The status parameters of a run: of an id, a status URL, a mapping or a RunState."""
         params: Any = run.params if isinstance(run, RunState) else run
         if isinstance(run, str):
             params = self._paths["status"].match(run) if "://" in run else {"run_id": run}
-            if params is None:
+            if not params:
                 raise ValueError(f"the status URL does not end as {self.status!r}")
         if not isinstance(params, Mapping):
             raise TypeError(f"a run is a str, a mapping or a RunState, not {type(run).__name__}")
@@ -751,31 +713,33 @@ def _parsed_base_url(url: str) -> Url:
     return base
 
 
-def _without_query(url: str) -> str:
+def _shown_url(url: str) -> str:
+    """A URL as texts show it; its query may be secret."""
     return _excerpt(url.partition("?")[0])
 
 
-def _duration(found: dict[str, Any]) -> float | None:
-    """The API's own figure in seconds, else from the timestamps."""
-    duration: float | None = found["duration"]
+def _no_state(problem: str, body: Any, run: Any, **attributes: Any) -> BadResponse:
+    """The error for an answer that is no state, with what it says of an error, and what to do."""
+    info = _error_in(body) or _error_in(run)
+    said = f"; it says: {_excerpt(info.message)}" if info else ""
+    advice = "check the base_url and the Api's root and fields"
+    return BadResponse(f"{problem}{said}; {advice}", **attributes)
+
+
+def _complete(found: dict[str, Any]) -> None:
+    """Work out what the fields of a state say together, in place."""
+    if found["phase"] not in (Phase.FAILED, Phase.CANCELLED):
+        found["error"] = None
     begun, ended = found["started_at"] or found["created_at"], found["completed_at"]
-    if duration is None and begun and ended and ended >= begun:
-        duration = (ended - begun).total_seconds()
-    return duration
-
-
-def _progress(found: dict[str, Any], phase: Phase) -> float | None:
-    """The API's own figure as a share, else from the steps."""
+    if found["duration"] is None and begun and ended and ended >= begun:
+        found["duration"] = (ended - begun).total_seconds()
     figure, done, total = found["progress"], found["steps_done"], found["steps_total"]
-    if figure is None:
-        if done is None or not total:
-            return None
-        return 1.0 if done >= total else float(done / total)
-    if isinstance(figure, float) and figure <= 1.0:
-        return figure
-    if figure >= 100 or (figure == 1 and phase is Phase.SUCCEEDED):
-        return 1.0  # what has ended well is not at 1 %
-    return float(figure / 100)
+    if figure is None and done is not None and total:
+        found["progress"] = min(done, total) / total
+    elif figure == 1 and found["phase"] is Phase.SUCCEEDED:
+        found["progress"] = 1.0  # what has ended well is not at 1 %
+    elif figure is not None and not (isinstance(figure, float) and figure <= 1.0):
+        found["progress"] = min(figure, 100) / 100
 
 
 # ---- The built-in APIs, as their documents describe them
@@ -1159,7 +1123,7 @@ def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
     if request_id:
         what += f" (request {_excerpt(request_id)})"
     if status < 400:
-        what += f", to {_without_query(headers.get('location', 'nowhere'))}"
+        what += f", to {_shown_url(headers.get('location', 'nowhere'))}"
     return attempt.fault(
         ApiError,
         f"{what}; {_advice(status, transient, retry_after)}",
