@@ -259,10 +259,10 @@ class RunState:
         raise kind(text, params=self.params, state=self)
 
 
-def _excerpt(text: str, length: int = 200) -> str:
+def _excerpt(text: str) -> str:
     """The start of the first line of what an API says, fit for one line of ours."""
-    lines = text[: 10 * length].strip().splitlines() or [""]
-    return "".join(char if char.isprintable() else " " for char in lines[0][:length])
+    lines = text[:2000].strip().splitlines() or [""]
+    return "".join(char if char.isprintable() else " " for char in lines[0][:200])
 
 
 # ---- Reading JSON: what has the wrong type is None, as if it were absent
@@ -319,10 +319,8 @@ def _count(value: Any) -> int | None:
 
 
 _RFC_3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:[.,](\d+))? ?(?:[Zz]|([+-]\d\d)(?::?(\d\d))?)?",
-    re.ASCII,
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:[.,](\d+))? ?(?:[Zz]|([+-]\d\d)(?::?(\d\d))?)?"
 )
-_MILLISECONDS_FROM = 1e11  # Unix times from here on are milliseconds: in seconds, the year 5138
 
 
 def _instant(value: Any) -> datetime | None:
@@ -333,7 +331,7 @@ def _instant(value: Any) -> datetime | None:
         if isinstance(value, datetime):  # a callable of the Api's has read it
             return value.replace(tzinfo=value.tzinfo or timezone.utc).astimezone(timezone.utc)
         if number is not None:
-            seconds = number if number < _MILLISECONDS_FROM else number / 1000
+            seconds = number if number < 1e11 else number / 1000  # in seconds, the year 5138
             return datetime.fromtimestamp(seconds, timezone.utc)
         if found:
             date, clock, fraction, hours, minutes = found.groups()
@@ -347,7 +345,6 @@ _MESSAGES = _split_paths(
     ["message", "detail", "description", "error_description", "error_message", "title"]
 )
 _NESTINGS = _split_paths(["error", "errors", "detail"])
-_ERRORS_READ = 100  # of a list of errors; nobody reads more
 
 
 def _error_info(value: Any) -> ErrorInfo | None:
@@ -357,8 +354,9 @@ def _error_info(value: Any) -> ErrorInfo | None:
     if isinstance(value, str):
         return ErrorInfo(value) if _text(value) else None
     if isinstance(value, list):
-        infos = [info for info in map(_error_info, value[:_ERRORS_READ]) if info]
-        return ErrorInfo("; ".join(info.message for info in infos)) if infos else None
+        few = value[:100]  # nobody reads more
+        texts = [info.message for info in map(_error_info, few) if info]
+        return ErrorInfo("; ".join(texts)) if texts else None
     return _error_in(value) or ErrorInfo(json.dumps(value, ensure_ascii=False))
 
 
@@ -492,7 +490,7 @@ _READER_ERRORS = (LookupError, TypeError, ValueError, AttributeError)  # of a ca
 
 def _normalized(word: str) -> str:
     """Timed-Out, TIMED_OUT and timedOut are one word; a number is kept with its sign."""
-    word = word[:100].strip()
+    word = str.strip(word)[:100]
     if re.fullmatch(r"[+-]?[0-9.]+([Ee][+-]?[0-9]+)?", word):
         return word
     return "".join(filter(str.isalnum, word)).lower() or word
@@ -535,9 +533,8 @@ class _PathTemplate:
             if name not in params:
                 raise TypeError(f"the path {self.path!r} lacks the parameter {name!r}")
             value = params[name]
-            if isinstance(value, bool) or not isinstance(value, (str, int)):
-                kind = type(value).__name__
-                raise TypeError(f"path parameter {name!r} has to be a str, not {kind}")
+            if isinstance(value, bool) or not isinstance(value, int):
+                _checked(str, f"path parameter {name!r}", value)
             if value in _NO_SEGMENTS:
                 raise ValueError(f"path parameter {name!r} may not be {value!r}")
             path = path.replace(f"{{{name}}}", quote(str(value), safe=""))
@@ -674,7 +671,8 @@ class Api:
             known["run_id"] = found["id"]
         elif not asked:
             named = path.match(location)
-            known = named if named.items() >= known.items() else known
+            if named.items() >= known.items():
+                known = named
         if "run_id" not in known:
             text = "the answer has no id of a run"
             if location:
