@@ -534,7 +534,7 @@ class _PathTemplate:
                 raise TypeError(f"the path {self.path!r} lacks the parameter {name!r}")
             value = params[name]
             if isinstance(value, bool) or not isinstance(value, int):
-                _checked(str, f"path parameter {name!r}", value)
+                _checked(str, name, value)
             if value in _NO_SEGMENTS:
                 raise ValueError(f"path parameter {name!r} may not be {value!r}")
             path = path.replace(f"{{{name}}}", quote(str(value), safe=""))
@@ -679,7 +679,7 @@ class Api:
                 text += f", and its Location {_shown_url(location)} does not end as {self.status!r}"
             raise _no_state(text, body, run, http_status=http_status)
         status = found["status"] or ""
-        phase = self._phases.get(_normalized(status), Phase.UNKNOWN)
+        phase = self._phases.get(status) or self._phases.get(_normalized(status), Phase.UNKNOWN)
         # An error answer may be a state all the same, but a gateway's {"status": "error"} is not.
         listed = status and phase is not Phase.UNKNOWN and found["id"] == known["run_id"]
         if not (200 <= http_status < 300 or listed) or (asked and not status):
