@@ -103,7 +103,7 @@ class RunpollError(Exception):
 
     params: dict[str, str] | None = None  # those of the run, where it concerns one
     transient: bool = False  # whether another try may fare better
-    _may_have_begun: bool = False  # what was asked for, by this attempt or an earlier one
+    _may_have_begun: bool = True  # what was asked for, by this attempt or an earlier one
 
     def __init__(self, text: str = "", **attributes: Any) -> None:
         super().__init__(text)
@@ -830,18 +830,16 @@ class _BoundedResponse(http.client.HTTPResponse):
 
 
 class _HTTPConnection(HTTPConnection):
-    """Keeps the deadline of an attempt, and knows since when it is idle."""
+    """Keeps the deadline of an attempt."""
 
     response_class = _BoundedResponse
     deadline = math.inf
-    idle_since = math.inf
+    last_answer = math.inf  # when it came
 
     def connect(self) -> None:
         """Connect; what fails until the proxy and TLS are through has not sent the request."""
         try:
             super().connect()
-        except ssl.CertificateError:
-            raise
         except (OSError, ValueError, http.client.HTTPException) as error:
             traceback.clear_frames(error.__traceback__)  # a proxy's answer would hold the socket
             raise exceptions.NewConnectionError(self, str(error)) from error
@@ -854,7 +852,9 @@ class _HTTPConnection(HTTPConnection):
 
     def getresponse(self, *args: Any, **kwargs: Any) -> Any:
         self._limit_to_deadline()
-        return super().getresponse(*args, **kwargs)
+        response: Any = super().getresponse(*args, **kwargs)
+        self.last_answer = time.monotonic()
+        return response
 
     def _limit_to_deadline(self) -> None:
         self.timeout = max(self.deadline - time.monotonic(), _SHORTEST_TIMEOUT)
@@ -873,14 +873,9 @@ class _HTTPPool(HTTPConnectionPool):
 
     ConnectionCls: Any = _HTTPConnection
 
-    def _put_conn(self, conn: Any) -> None:
-        if conn:
-            conn.idle_since = time.monotonic()
-        super()._put_conn(conn)
-
     def _get_conn(self, timeout: float | None = None) -> Any:
         conn: Any = super()._get_conn(timeout)
-        while time.monotonic() - conn.idle_since > _IDLE_LIMIT:
+        while time.monotonic() - conn.last_answer > _IDLE_LIMIT:
             conn.close()
             conn = super()._get_conn(timeout)
         conn.deadline = timeout
@@ -920,6 +915,11 @@ class _Answer(NamedTuple):
     headers: Mapping[str, str]
     body: bytes  # larger than max_body where it was not read to its end
 
+    @property
+    def text(self) -> str:
+        """The body; bytes that are not UTF-8 are replaced."""
+        return self.body.decode("utf-8-sig", "replace")
+
 
 class _Wire:
     """Sends requests to one origin, perhaps through a proxy."""
@@ -927,40 +927,31 @@ class _Wire:
     def __init__(
         self, base: Url, proxy: Url | None, ssl_context: ssl.SSLContext | None, max_body: float
     ) -> None:
-        options: dict[str, Any] = {"maxsize": 0}  # keeps every connection
-        if ssl_context:
-            options["ssl_context"] = ssl_context
         origin = f"{base.scheme}://{base.netloc}"
         self._prefix = (base.path or "").rstrip("/")
         self._max_body = max_body
+        options: dict[str, Any] = {"maxsize": 0, "ssl_context": ssl_context}  # 0 keeps them all
         manager = urllib3.PoolManager(**options)
         if proxy:
-            auth = make_headers(proxy_basic_auth=unquote(proxy.auth or ""))
-            url = f"{proxy.scheme}://{proxy.netloc}"
+            options["proxy_headers"] = make_headers(proxy_basic_auth=unquote(proxy.auth or ""))
             options["proxy_ssl_context"] = ssl_context
-            manager = urllib3.ProxyManager(url, proxy_headers=auth, **options)
+            manager = urllib3.ProxyManager(f"{proxy.scheme}://{proxy.netloc}", **options)
             if base.scheme == "http":  # then the proxy is asked for whole URLs
                 self._prefix = origin + self._prefix
         manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
         self._pool: Any = manager.connection_from_url(origin)
 
-    def exchange(
-        self,
-        request: _Request,
-        authorization: dict[str, str],
-        connect_seconds: float,
-        seconds: float,
-    ) -> _Answer:
+    def exchange(self, attempt: _Attempt) -> _Answer:
         """Send a request and read its answer. Raises one of _NO_ANSWER where there is none."""
         response: Any = self._pool.urlopen(
-            request.method,
-            self._prefix + request.path,
-            body=request.body,
-            headers={**request.headers, **authorization},
+            attempt.request.method,
+            self._prefix + attempt.request.path,
+            body=attempt.request.body,
+            headers={**attempt.request.headers, **attempt.authorization},
             retries=_ONE_ATTEMPT,
             redirect=False,
-            timeout=urllib3.Timeout(connect=connect_seconds, read=seconds),
-            pool_timeout=time.monotonic() + seconds,
+            timeout=urllib3.Timeout(connect=attempt.connect_seconds, read=attempt.seconds),
+            pool_timeout=time.monotonic() + attempt.seconds,
             assert_same_host=False,
             preload_content=False,
             enforce_content_length=True,
@@ -970,9 +961,7 @@ class _Wire:
                 raise http.client.BadStatusLine("an interim answer alone")
             content = self._content(response)
         finally:
-            if not response.isclosed():
-                response.close()  # what follows must not be taken for the next answer
-            response.release_conn()
+            response.close()  # a rest of it must not be taken for the next answer
         return _Answer(response.status, response.reason or "", response.headers, content)
 
     def _content(self, response: Any) -> bytes:
@@ -1013,10 +1002,13 @@ def _proxy_for(base: Url, proxy: str | None) -> Url | None:
 
 _LAG = 10.0  # seconds in which replicas may not know a run just started, or a fresh key
 _FIRST_RETRY, _LONGEST_RETRY = 0.5, 10.0  # seconds; each wait is twice the one before
-_RETRY_JITTER = 0.1  # a wait is longer or shorter by up to this share of it
+_RETRY_JITTER = 0.9, 1.1  # each wait is multiplied by a factor between these
 _LONGEST_RETRY_AFTER = 120.0  # seconds; an iteration looks again then, whatever it was told
 _SHORTEST_SECRET = 8  # characters; a shorter key may be an ordinary word of any answer
 _BODY_SHOWN = 500  # characters of an answer that an error carries
+_TRANSIENT = {408, 425, 429, *range(500, 600)} - {501, 505}
+_RATE_LIMITS = {403, 429}  # a 403 only with Retry-After, as of some APIs
+_NOTHING_DONE = {*range(400, 500)} - {408, 425}  # the server has not done what was asked
 _ADVICE = {
     401: "check the API key, and the Api's auth_header and auth_scheme",
     403: "check the API key and what it may do",
@@ -1033,10 +1025,11 @@ class _Outcome(NamedTuple):
 
 
 class _Attempt(NamedTuple):
-    """One attempt at a request, for texts to tell of it."""
+    """One attempt at a request."""
 
     request: _Request
     key: str
+    authorization: dict[str, str]  # the header that carries the key
     connect_seconds: float
     seconds: float
     may_have_begun: bool  # what is asked for, by an earlier attempt
@@ -1056,8 +1049,8 @@ class _Attempt(NamedTuple):
             text += "; a run may have begun: look before you start it again"
         elif self.request.starts:
             text += "; no run has begun"
-        fault = kind(self.redacted(text), params=self.request.run, **attributes)
-        fault._may_have_begun = begun
+        attributes.update(params=self.request.run, _may_have_begun=begun)
+        fault = kind(self.redacted(text), **attributes)
         if cause:
             shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
             fault.__cause__ = cause if self.redacted(shown) == shown else None
@@ -1076,9 +1069,9 @@ def _transport_error(attempt: _Attempt, error: BaseException) -> RunpollError:
     """The error for what urllib3 raised instead of an answer."""
     fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
     reason = _root_cause(fault)
-    # A certificate that is not trusted is both an SSLError and a ValueError.
-    untrusted = isinstance(fault, exceptions.SSLError) and isinstance(reason, ValueError)
-    sent = not untrusted and not isinstance(fault, exceptions.ConnectTimeoutError)
+    sent = not isinstance(fault, exceptions.ConnectTimeoutError)
+    # While connecting, ValueErrors are those of certificates; but one is of a host name.
+    untrusted = not sent and isinstance(reason, ValueError) and not isinstance(reason, UnicodeError)
     # The system's own words stand last.
     words = _excerpt(attempt.redacted(re.split(r": |\] ", str(reason))[-1]))
     if untrusted:
@@ -1089,8 +1082,8 @@ def _transport_error(attempt: _Attempt, error: BaseException) -> RunpollError:
         what = f"no answer within {_rounded(attempt.seconds)} s; try again later"
     else:
         what = f"no connection within {_rounded(attempt.connect_seconds)} s; try again later"
-    facts = {"sent": sent or attempt.may_have_begun, "transient": not untrusted}
-    return attempt.fault(TransportError, what, sent, error, **facts)
+    arrived = sent or attempt.may_have_begun
+    return attempt.fault(TransportError, what, sent, error, sent=arrived, transient=not untrusted)
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -1101,18 +1094,17 @@ def _root_cause(error: BaseException) -> BaseException:
 
 def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
     """The error for an HTTP error or a redirect."""
-    status, text = answer.status, _decoded(answer.body)
-    headers = {
-        name: attempt.redacted(value) for name, value in _lower_case_names(answer.headers).items()
-    }
+    status = answer.status
+    headers = attempt.redacted(_lower_case_names(answer.headers))
     retry_after = _retry_after(headers)
-    transient = _is_transient_status(status, retry_after)
-    said = _excerpt(attempt.redacted(text))
+    transient = status in _TRANSIENT or (status == 403 and retry_after is not None)
+    text = attempt.redacted(answer.text)
+    said = _excerpt(text)
     if not said or said[0] in "<{[":  # the first line of a gateway's page tells nothing
         said = f"{attempt.redacted(answer.reason)} {said}".strip()
     body, info = None, ErrorInfo(said or "no text")
     with suppress(BadResponse, RecursionError):
-        body = _parsed_json(text)
+        body = _parsed_json(answer.text)
         info = ErrorInfo(**attempt.redacted(vars(_error_info(body) or info)))
     request_id = headers.get("x-request-id") or headers.get("request-id")
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
@@ -1125,10 +1117,10 @@ def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
     return attempt.fault(
         ApiError,
         f"{what}; {_advice(status, transient, retry_after)}",
-        _may_have_worked(status),
+        status not in _NOTHING_DONE,
         http_status=status,
         error=info,
-        body=attempt.redacted(text)[:_BODY_SHOWN],
+        body=text[:_BODY_SHOWN],
         request_id=request_id,
         retry_after=retry_after,
         transient=transient,
@@ -1136,7 +1128,6 @@ def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
 
 
 def _advice(status: int, transient: bool, retry_after: float | None) -> str:
-    """What to do after an HTTP error."""
     if status < 400:
         return "redirects are not followed: is that the base_url to use?"
     if not transient:
@@ -1153,14 +1144,9 @@ def _bad_response(attempt: _Attempt, answer: _Answer, problem: BadResponse) -> R
         True,
         problem.__cause__,
         http_status=answer.status,
-        body=attempt.redacted(_decoded(answer.body))[:_BODY_SHOWN],
+        body=attempt.redacted(answer.text)[:_BODY_SHOWN],
         transient=problem.transient,
     )
-
-
-def _decoded(content: bytes) -> str:
-    """The text of an answer; bytes that are not UTF-8 are replaced."""
-    return content.decode("utf-8-sig", "replace")
 
 
 def _rounded(seconds: float) -> str:
@@ -1168,22 +1154,8 @@ def _rounded(seconds: float) -> str:
     return f"{round(seconds, 2):.12g}"
 
 
-_RATE_LIMITS = (403, 429)  # a 403 only with Retry-After, as of some APIs
-
-
-def _is_transient_status(status: int, retry_after: float | None) -> bool:
-    if status == 403:
-        return retry_after is not None
-    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
-
-
 def _is_rate_limit(fault: RunpollError) -> bool:
     return isinstance(fault, ApiError) and fault.transient and fault.http_status in _RATE_LIMITS
-
-
-def _may_have_worked(status: int) -> bool:
-    """Whether a server that answers so may have done what was asked all the same."""
-    return status >= 500 or status in (408, 425) or status < 400
 
 
 class _Retry:
@@ -1192,6 +1164,7 @@ class _Retry:
     Each kind of fault has a clock of its own, from its first fault since the last good answer:
 
         kind     faults                                              are sat out for
+        final    what is not worth another try, or not safe          0 s
         lag      a status in `lag_statuses`                          10 s
         limited  a rate limit, in an iteration                       its timeout
         outage   what else is transient, where repeating is safe,
@@ -1205,7 +1178,7 @@ class _Retry:
         self.may_have_begun = False  # what was asked for, by some attempt
         self.lag_statuses = lag_statuses
         self._repeatable, self._iterating = repeatable, iterating
-        self._patience = {"lag": _LAG, "limited": math.inf, "outage": max_outage}
+        self._patience = {"final": 0.0, "lag": _LAG, "limited": math.inf, "outage": max_outage}
         self._since: dict[str, float] = {}
         self._due = 0.0  # when it may be tried again, but for what holds the session back
 
@@ -1215,8 +1188,6 @@ class _Retry:
         self.faults += 1
         self.may_have_begun = fault._may_have_begun
         kind = self._kind(fault)
-        if kind is None:
-            raise fault
         if "outage" in self._since:  # being held back by a rate limit is no part of it
             self._since["outage"] += max(0.0, began - self._due)
         end = self._since.setdefault(kind, now) + self._patience[kind]
@@ -1225,7 +1196,9 @@ class _Retry:
             retry_after = min(retry_after, _LONGEST_RETRY_AFTER)
         if now >= end or (now + retry_after > end and not self._iterating):
             raise fault
-        due = now + retry_after if retry_after else min(now + self._backoff(), end)
+        doubled = _FIRST_RETRY * 2.0 ** min(self.faults - 1, 10)
+        backoff = min(doubled * random.uniform(*_RETRY_JITTER), _LONGEST_RETRY)
+        due = now + retry_after if retry_after else min(now + backoff, end)
         self._due = now if kind == "limited" else due
         return due
 
@@ -1236,18 +1209,13 @@ class _Retry:
         self.lag_statuses.discard(404)  # the run is known
         self._since.clear()
 
-    def _kind(self, fault: RunpollError) -> str | None:
+    def _kind(self, fault: RunpollError) -> str:
         if getattr(fault, "http_status", None) in self.lag_statuses:
             return "lag"
         if _is_rate_limit(fault):
             return "limited" if self._iterating else "outage"
         safe = self._repeatable or not fault._may_have_begun
-        return "outage" if fault.transient and safe else None
-
-    def _backoff(self) -> float:
-        doubled: float = _FIRST_RETRY * 2 ** min(self.faults - 1, 10)
-        jitter = random.uniform(1 - _RETRY_JITTER, 1 + _RETRY_JITTER)
-        return min(doubled * jitter, _LONGEST_RETRY)
+        return "outage" if fault.transient and safe else "final"
 
 
 # ---- The session: makes attempts. It does not know when a run is polled.
@@ -1313,7 +1281,7 @@ class Session:
         self._api_key = api_key
         self._base_url = base.url
         if not callable(api_key):
-            self._authorization(self._current_key())  # what cannot be sent is refused here
+            self._authorization()  # what cannot be sent is refused here
         self._headers = {
             "Accept": "application/json",
             "Accept-Encoding": "gzip",
@@ -1395,8 +1363,8 @@ class Session:
         if isinstance(run, RunState) and run.done:
             return run.phase is Phase.CANCELLED
         path = self._path("cancel")
-        status = self._status_request(run)
-        handle = status.run or {}
+        handle = self._api._status_params(run)
+        status = self._status_request(handle)
         cancel = self._request(
             path,
             {name: handle[name] for name in path.names},
@@ -1406,13 +1374,13 @@ class Session:
             repeatable=True,
         )
         # Some APIs delete or fail a run that has ended when it is cancelled: look first.
-        state = self._state_unless_gone(status, (404,))
-        if not (state and state.done):
+        ended = self._ended(status, gone=(404,))
+        if not ended:
             refusal = self._refusal(cancel)
-            state = self._state_unless_gone(status, (404, 410))
-            if refusal and not (state and state.done):
+            ended = self._ended(status, gone=(404, 410))
+            if refusal and not ended:
                 raise refusal
-        return state.phase is Phase.CANCELLED if state and state.done else True
+        return not ended or ended.phase is Phase.CANCELLED
 
     def request(
         self,
@@ -1437,7 +1405,7 @@ class Session:
             body,
             headers,
             request_timeout,
-            read=lambda answer: _parsed_json(_decoded(answer.body)),
+            read=lambda answer: _parsed_json(answer.text),
             repeatable=template.method in _IDEMPOTENT,
         )
         return self._call(request)
@@ -1477,14 +1445,13 @@ class Session:
         if body is not None:
             content = json.dumps(body, allow_nan=False).encode()
             all_headers.setdefault("Content-Type", "application/json")
-        if timeout is None:
-            timeout = self._timeout
-        _at_least(_SHORTEST_TIMEOUT, "request_timeout", timeout)
-        return _Request(template.method, path, all_headers, content, timeout, **options)
+        seconds = self._timeout if timeout is None else timeout
+        _at_least(_SHORTEST_TIMEOUT, "request_timeout", seconds)
+        return _Request(template.method, path, all_headers, content, seconds, **options)
 
     def _read_state(self, params: dict[str, str], answer: _Answer) -> RunState:
         """The state in an answer to a start or a poll."""
-        body = _parsed_json(_decoded(answer.body))
+        body = _parsed_json(answer.text)
         try:
             state = self._api.read_state(body, dict(params), answer.headers, answer.status)
             _checked(RunState, "what read_state returns", state)
@@ -1496,43 +1463,33 @@ class Session:
             state = replace(state, params={"run_id": state.id, **params})
         _log.debug("run %r: %r", state.id, state.status)
         if state.phase is Phase.UNKNOWN:
-            self._warn_of_unknown_word(state)
+            word = _normalized(state.status)
+            with self._lock:
+                known = word in self._unknown_words
+                self._unknown_words.add(word)
+            if not known:
+                text = "run %r: unknown status %r, taken as not ended; Api.phases may list it"
+                _log.warning(text, state.id, state.status)
         return state
 
-    def _warn_of_unknown_word(self, state: RunState) -> None:
-        word = _normalized(state.status)
-        with self._lock:
-            known = word in self._unknown_words
-            self._unknown_words.add(word)
-        if not known:
-            text = "run %r: unknown status %r, taken as not ended; Api.phases may list it"
-            _log.warning(text, state.id, state.status)
-
-    def _current_key(self) -> str:
+    def _authorization(self) -> tuple[str, dict[str, str]]:
+        """The key as it is now, and the header that carries it; of no key "" and none."""
         key = self._api_key() if callable(self._api_key) else self._api_key
-        return "" if key is None else _checked(str, "api_key", key).strip()
-
-    def _authorization(self, key: str) -> dict[str, str]:
-        """The header that carries a key."""
-        if not key:
-            return {}
-        return _checked_headers({self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()})
+        key = "" if key is None else _checked(str, "api_key", key).strip()
+        header = {self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()}
+        return key, _checked_headers(header if key else None)
 
     def _attempt(
         self, request: _Request, may_have_begun: bool = False, deadline: float = math.inf
     ) -> _Outcome:
-        """Make one attempt, which does not pass the deadline.
-
-        Its fault is for the caller to judge. What is raised is not ours: a key that cannot be had,
-        a closed session.
-        """
+        """Make one attempt, which does not pass the deadline; its fault is for others to judge."""
         if self._closed:
             raise RuntimeError("the session is closed")
         began = self._clock()
-        key = self._current_key()
+        key, header = self._authorization()
         seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         connect_seconds = min(self._timeout, seconds) / 2
-        attempt = _Attempt(request, key, connect_seconds, seconds, may_have_begun)
+        attempt = _Attempt(request, key, header, connect_seconds, seconds, may_have_begun)
         return _Outcome(self._answer(attempt), began, self._clock())
 
     def _answer(self, attempt: _Attempt) -> Any:
@@ -1541,11 +1498,8 @@ class Session:
         if attempt.seconds <= 0:
             what = "not sent, as the key took all the time that was left; try again later"
             return attempt.fault(TransportError, what, False, sent=attempt.may_have_begun)
-        authorization = self._authorization(attempt.key)
         try:
-            answer = self._wire.exchange(
-                request, authorization, attempt.connect_seconds, attempt.seconds
-            )
+            answer = self._wire.exchange(attempt)
         except _NO_ANSWER as error:
             return _transport_error(attempt, error)
         if len(answer.body) > self._max_body:
@@ -1577,14 +1531,15 @@ class Session:
             due = retry.failed(outcome)
             self._note_retry(fault, due)
 
-    def _state_unless_gone(self, status: _Request, gone: tuple[int, ...]) -> RunState | None:
-        """The state of a run; None where the API answers that it is gone."""
+    def _ended(self, status: _Request, gone: tuple[int, ...]) -> RunState | None:
+        """The last state of a run; None while it is active, and where the API knows it no more."""
         try:
-            return self._call(status)  # type: ignore[no-any-return]
+            state: RunState = self._call(status)
         except ApiError as error:
             if error.http_status not in gone:
                 raise
             return None
+        return state if state.done else None
 
     def _refusal(self, cancel: _Request) -> RunpollError | None:
         """Send a cancel: the error that says no to it. Raises what says nothing of it."""
@@ -1617,21 +1572,15 @@ class Session:
         asked again after each sleep, which may return early. With `ask_always`, `sleep` is asked
         even where there is nothing to wait for.
         """
-        has_to_ask = ask_always
+        has_to_ask = ask_always and self._sleep is not time.sleep
         while True:
             now = self._clock()
             seconds = next_attempt(now, self._held_until) - now
             if seconds <= _CLOCK_TOLERANCE and not has_to_ask:
                 return True
-            if self._sleep_once(seconds):
+            if self._sleep(min(max(seconds, 0.0), threading.TIMEOUT_MAX)) is True:
                 return False
             has_to_ask = False
-
-    def _sleep_once(self, seconds: float) -> bool:
-        """Sleep once; true when `sleep` ends what waits."""
-        if seconds <= 0 and self._sleep is time.sleep:
-            return False
-        return self._sleep(min(max(seconds, 0.0), threading.TIMEOUT_MAX)) is True
 
 
 def _reached(point: float, now: float) -> bool:
