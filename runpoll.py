@@ -1070,8 +1070,9 @@ def _transport_error(attempt: _Attempt, error: BaseException) -> RunpollError:
     fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
     reason = _root_cause(fault)
     sent = not isinstance(fault, exceptions.ConnectTimeoutError)
-    # While connecting, ValueErrors are those of certificates; but one is of a host name.
-    untrusted = not sent and isinstance(reason, ValueError) and not isinstance(reason, UnicodeError)
+    # Of the ValueErrors of connecting one is of a host that cannot be, all others of a certificate.
+    bad_host = isinstance(reason, exceptions.LocationValueError)
+    untrusted = not sent and isinstance(reason, ValueError) and not bad_host
     # The system's own words stand last.
     words = _excerpt(attempt.redacted(re.split(r": |\] ", str(reason))[-1]))
     if untrusted:
@@ -1490,7 +1491,15 @@ class Session:
         seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         connect_seconds = min(self._timeout, seconds) / 2
         attempt = _Attempt(request, key, header, connect_seconds, seconds, may_have_begun)
-        return _Outcome(self._answer(attempt), began, self._clock())
+        value, ended = self._answer(attempt), self._clock()
+        if isinstance(value, ApiError) and (value.http_status == 503 or _is_rate_limit(value)):
+            self._hold_back(ended + min(value.retry_after or 0.0, _LONGEST_RETRY_AFTER))
+        return _Outcome(value, began, ended)
+
+    def _hold_back(self, until: float) -> None:
+        """Let no request of this session begin before that point on the clock."""
+        with self._lock:
+            self._held_until = max(self._held_until, until)
 
     def _answer(self, attempt: _Attempt) -> Any:
         """What `_Request.read` makes of the answer to an attempt, or the RunpollError."""
@@ -1556,12 +1565,10 @@ class Session:
         return _Retry(request.repeatable, self._max_outage, lag_statuses, iterating)
 
     def _note_retry(self, fault: RunpollError, due: float) -> None:
-        """Log a fault that is sat out until `due`, and hold the session back if it asks for it."""
+        """Log a fault that is sat out until `due`; a rate limit is one for the whole session."""
         _log.warning("%s; trying again in %.1f s", fault, due - self._clock())
-        overloaded = isinstance(fault, ApiError) and fault.http_status == 503 and fault.retry_after
-        if overloaded or _is_rate_limit(fault):
-            with self._lock:
-                self._held_until = max(self._held_until, due)
+        if _is_rate_limit(fault):
+            self._hold_back(due)
 
     def _wait(
         self, next_attempt: Callable[[float, float], float], ask_always: bool = False

@@ -1660,6 +1660,14 @@ def test_a_direct_call_does_not_wait_for_what_ends_after_max_outage(lab):
     assert caught.value.retry_after == 61 and not lab.naps
 
 
+@table("seconds, held", (100, 100), (3600, 120))
+def test_what_is_not_waited_for_holds_back_the_next_call(lab, seconds, held):
+    session = lab.open(limited(429, seconds), run())
+    with pytest.raises(ApiError):
+        session.poll("r1")
+    assert session.poll("r1").id == "r1" and lab.naps == [held]
+
+
 @table("status, held", (429, True), (403, True), (503, True), (502, False))
 def test_who_is_limited_holds_back_the_whole_session(lab, status, held):
     session = lab.open(limited(status, 9), run())
@@ -1693,6 +1701,17 @@ def test_a_start_that_may_have_begun_is_not_sent_again(lab, fault):
     with pytest.raises(runpoll.RunpollError, match="a run may have begun: look before") as caught:
         lab.open(fault, run()).start()
     assert len(lab.requests) == 1 and getattr(caught.value, "sent", True)
+
+
+def test_a_start_whose_answer_an_override_does_not_take_is_not_sent_again(lab):
+    class Own(Api):
+        def read_state(self, *arguments: Any, **named: Any) -> RunState:
+            raise runpoll.RunpollError("not this", transient=True)
+
+    api = Own(ORDINARY.base_url, ORDINARY.status, start="/jobs")
+    with pytest.raises(runpoll.RunpollError, match="not this"):
+        lab.open(run(), api=api).start()
+    assert len(lab.requests) == 1
 
 
 def test_a_start_that_is_given_up_may_have_begun(lab):
@@ -1962,6 +1981,12 @@ def test_a_certificate_that_is_not_trusted_is_final_and_nothing_was_sent(lab):
     with pytest.raises(TransportError, match=r"not trusted .*ssl_context.*no run") as caught:
         lab.open(DONE, way="tls", ssl_context=None).start()
     assert not caught.value.transient and not caught.value.sent and not lab.requests
+
+
+def test_a_host_that_cannot_be_is_told_from_one_that_is_not_trusted(lab):
+    with pytest.raises(TransportError, match="no answer .*label empty or too long") as caught:
+        lab.session(base_url=f"https://{'a' * 70}.test", max_outage=0).poll("r1")
+    assert caught.value.sent is False
 
 
 # ---- The key goes to the API's own origin and nowhere else
