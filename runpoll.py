@@ -89,7 +89,7 @@ _log = logging.getLogger("runpoll")
 #   iter_status, _follow                 the loop: ask when, wait, attempt, record, yield
 #     _Watch.next_attempt                when; raises PollTimeout where that is never
 #     Session._wait                      sleeps until then
-#     Session._attempt, _answer          one request; its error is returned, not raised
+#     Session._attempt, _result_of       one request; its error is returned, not raised
 #       _Wire.exchange                   urllib3
 #       Session._read_state, Api.read_state
 #     _Watch.answered, _Watch.failed     what came; _Retry says when to try again, or raises
@@ -784,7 +784,7 @@ ONEPIN = Api(
 )
 
 
-# ---- The wire: one request, one answer. It knows nothing of JSON, runs and keys.
+# ---- The wire: one request, one answer. It knows nothing of what they mean.
 
 # urllib3 limits each receive but not the whole answer, begins a new limit after a proxy's CONNECT,
 # and lends connections that have been idle for hours. The connections and pools here mend that.
@@ -795,6 +795,7 @@ _IDLE_LIMIT = 15.0  # seconds; what is idle for longer, servers and middleboxes 
 _CHUNK = 2**16  # bytes of an answer that are read at once
 _PACKED_CHUNK = 2**12  # and of a gzipped one, which may unpack to a thousand times as many
 _ONE_ATTEMPT = urllib3.Retry(False, redirect=False)
+# A ValueError is what http.client makes of a malformed chunk.
 _NO_ANSWER = (exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
 
@@ -941,17 +942,22 @@ class _Wire:
         manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
         self._pool: Any = manager.connection_from_url(origin)
 
-    def exchange(self, attempt: _Attempt) -> _Answer:
-        """Send a request and read its answer. Raises one of _NO_ANSWER where there is none."""
+    def exchange(
+        self, request: _Request, headers: dict[str, str], connect_seconds: float, seconds: float
+    ) -> _Answer:
+        """Send a request and read its answer. Raises one of _NO_ANSWER where there is none.
+
+        `headers` are those of this attempt alone; connecting and all together have their seconds.
+        """
         response: Any = self._pool.urlopen(
-            attempt.request.method,
-            self._prefix + attempt.request.path,
-            body=attempt.request.body,
-            headers={**attempt.request.headers, **attempt.authorization},
+            request.method,
+            self._prefix + request.path,
+            body=request.body,
+            headers={**request.headers, **headers},
             retries=_ONE_ATTEMPT,
             redirect=False,
-            timeout=urllib3.Timeout(connect=attempt.connect_seconds, read=attempt.seconds),
-            pool_timeout=time.monotonic() + attempt.seconds,
+            timeout=urllib3.Timeout(connect=connect_seconds, read=seconds),
+            pool_timeout=time.monotonic() + seconds,
             assert_same_host=False,
             preload_content=False,
             enforce_content_length=True,
@@ -1029,7 +1035,7 @@ class _Attempt(NamedTuple):
 
     request: _Request
     key: str
-    authorization: dict[str, str]  # the header that carries the key
+    headers: dict[str, str]  # what carries the key
     connect_seconds: float
     seconds: float
     may_have_begun: bool  # what is asked for, by an earlier attempt
@@ -1487,11 +1493,11 @@ class Session:
         if self._closed:
             raise RuntimeError("the session is closed")
         began = self._clock()
-        key, header = self._authorization()
+        key, headers = self._authorization()
         seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         connect_seconds = min(self._timeout, seconds) / 2
-        attempt = _Attempt(request, key, header, connect_seconds, seconds, may_have_begun)
-        value, ended = self._answer(attempt), self._clock()
+        attempt = _Attempt(request, key, headers, connect_seconds, seconds, may_have_begun)
+        value, ended = self._result_of(attempt), self._clock()
         if isinstance(value, ApiError) and (value.http_status == 503 or _is_rate_limit(value)):
             self._hold_back(ended + min(value.retry_after or 0.0, _LONGEST_RETRY_AFTER))
         return _Outcome(value, began, ended)
@@ -1501,14 +1507,16 @@ class Session:
         with self._lock:
             self._held_until = max(self._held_until, until)
 
-    def _answer(self, attempt: _Attempt) -> Any:
+    def _result_of(self, attempt: _Attempt) -> Any:
         """What `_Request.read` makes of the answer to an attempt, or the RunpollError."""
         request = attempt.request
         if attempt.seconds <= 0:
             what = "not sent, as the key took all the time that was left; try again later"
             return attempt.fault(TransportError, what, False, sent=attempt.may_have_begun)
         try:
-            answer = self._wire.exchange(attempt)
+            answer = self._wire.exchange(
+                request, attempt.headers, attempt.connect_seconds, attempt.seconds
+            )
         except _NO_ANSWER as error:
             return _transport_error(attempt, error)
         if len(answer.body) > self._max_body:
@@ -1530,7 +1538,7 @@ class Session:
         retry = self._new_retry(request)
         due, fault = -math.inf, None
         while True:
-            # The first attempt is made whatever `sleep` says.
+            # At max(due, now, held_until); the first attempt is made whatever `sleep` says.
             if not self._wait(partial(max, due)) and fault:
                 raise fault
             outcome = self._attempt(request, retry.may_have_begun)
