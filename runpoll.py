@@ -86,13 +86,15 @@ _log = logging.getLogger("runpoll")
 
 # One poll, from top to bottom; a direct call takes the same way by Session._call, without a watch:
 #
-#   iter_status, _follow                 the loop: ask when, wait, attempt, record, yield
-#     _Watch.next_attempt                when; raises PollTimeout where that is never
-#     Session._wait                      sleeps until then
-#     Session._attempt, _result_of       one request; its error is returned, not raised
-#       _Wire.exchange                   urllib3
-#       Session._read_state, Api.read_state
-#     _Watch.answered, _Watch.failed     what came; _Retry says when to try again, or raises
+#   _watches                            once: the _Request, the _Retry and the _Watch of a run
+#   _follow                             the loop
+#     Session._wait                     sleeps until _Watch.next_attempt, which raises PollTimeout
+#     Session._attempt -> _Outcome      one request: a state, or an error that is not raised yet
+#       _Wire.exchange -> _Answer       urllib3
+#       _Request.read                   that is Session._read_state, Api.read_state
+#     _Watch.succeeded -> RunState      to be yielded
+#     _Watch.failed, _Retry.failed      when to try again; or they raise
+#     _Watch.schedule                   when the next poll is due
 
 
 # ---- Errors
@@ -103,7 +105,7 @@ class RunpollError(Exception):
 
     params: dict[str, str] | None = None  # those of the run, where it concerns one
     transient: bool = False  # whether another try may fare better
-    _may_have_begun: bool = True  # what was asked for, by this attempt or an earlier one
+    _may_have_begun: bool = True  # whether an attempt may have begun what was asked for
 
     def __init__(self, text: str = "", **attributes: Any) -> None:
         super().__init__(text)
@@ -262,7 +264,11 @@ class RunState:
 def _excerpt(text: str) -> str:
     """The start of the first line of what an API says, fit for one line of ours."""
     lines = text[:2000].strip().splitlines() or [""]
-    return "".join(char if char.isprintable() else " " for char in lines[0][:200])
+    line = "".join(char if char.isprintable() else " " for char in lines[0])
+    if len(line) <= 200:
+        return line
+    # Not the word that is cut: a part of a key would not be recognized as one.
+    return (line[:200].rpartition(" ")[0] or line[:200]) + "..."
 
 
 # ---- Reading JSON: what has the wrong type is None, as if it were absent
@@ -272,7 +278,7 @@ _Reader = Callable[[Any], Any]  # a value as it is read; None for one of the wro
 
 
 def _split_paths(paths: str | Sequence[str]) -> list[list[str]]:
-    """Dotted paths as lists of keys."""
+    """Dotted paths as lists of keys. Raises TypeError for what is no str."""
     return [str.split(path, ".") for path in ([paths] if isinstance(paths, str) else paths)]
 
 
@@ -490,7 +496,7 @@ _READER_ERRORS = (LookupError, TypeError, ValueError, AttributeError)  # of a ca
 
 def _normalized(word: str) -> str:
     """Timed-Out, TIMED_OUT and timedOut are one word; a number is kept with its sign."""
-    word = str.strip(word)[:100]
+    word = word[:100].strip()
     if re.fullmatch(r"[+-]?[0-9.]+([Ee][+-]?[0-9]+)?", word):
         return word
     return "".join(filter(str.isalnum, word)).lower() or word
@@ -601,21 +607,21 @@ class Api:
         for name in ("base_url", "status", "start", "cancel", "root", "auth_header", "auth_scheme"):
             _checked(str, name, getattr(self, name))
         _parsed_base_url(self.base_url)
-        names = self._paths["status"].names
+        names = self._templates["status"].names
         if "run_id" not in names:
             raise ValueError(f"the status template has to name {{run_id}}: {self.status!r}")
-        if self.cancel and set(self._paths["cancel"].names) - set(names):
+        if self.cancel and set(self._templates["cancel"].names) - set(names):
             raise ValueError("the cancel template has a parameter that the status template lacks")
         _ = self._phases, self._readers, tuple(self.answer_statuses)  # refuse what cannot be
 
     @cached_property
-    def _paths(self) -> dict[str, _PathTemplate]:
-        paths = {"status": _PathTemplate(self.status, "GET")}
+    def _templates(self) -> dict[str, _PathTemplate]:
+        templates = {"status": _PathTemplate(self.status, "GET")}
         if self.start:
-            paths["start"] = _PathTemplate(self.start, "POST")
+            templates["start"] = _PathTemplate(self.start, "POST")
         if self.cancel:
-            paths["cancel"] = _PathTemplate(self.cancel, "POST")
-        return paths
+            templates["cancel"] = _PathTemplate(self.cancel, "POST")
+        return templates
 
     @cached_property
     def _phases(self) -> dict[str, Phase]:
@@ -664,41 +670,42 @@ class Api:
         found = {
             name: _first_value(run, paths, read) for name, (read, paths) in self._readers.items()
         }
-        path = self._paths["status"]
-        known = {name: str(params[name]) for name in path.names if params and name in params}
-        asked = "run_id" in known
-        if not asked and found["id"]:
+        template = self._templates["status"]
+        known = {name: str(params[name]) for name in template.names if params and name in params}
+        is_poll = "run_id" in known
+        if not is_poll and found["id"]:
             known["run_id"] = found["id"]
-        elif not asked:
-            named = path.match(location)
-            if named.items() >= known.items():
-                known = named
+        elif not is_poll:
+            from_location = template.match(location)
+            if from_location.items() >= known.items():
+                known = from_location
         if "run_id" not in known:
             text = "the answer has no id of a run"
             if location:
                 text += f", and its Location {_shown_url(location)} does not end as {self.status!r}"
-            raise _no_state(text, body, run, http_status=http_status)
+            raise _not_a_state(text, body, run, http_status=http_status)
         status = found["status"] or ""
+        # Most words are listed as they stand.
         phase = self._phases.get(status) or self._phases.get(_normalized(status), Phase.UNKNOWN)
         # An error answer may be a state all the same, but a gateway's {"status": "error"} is not.
         listed = status and phase is not Phase.UNKNOWN and found["id"] == known["run_id"]
-        if not (200 <= http_status < 300 or listed) or (asked and not status):
+        if not (200 <= http_status < 300 or listed) or (is_poll and not status):
             text = f"the answer has no status of run {_excerpt(known['run_id'])}"
-            raise _no_state(text, body, run, params=known, http_status=http_status)
+            raise _not_a_state(text, body, run, params=known, http_status=http_status)
         found.update(id=found["id"] or known["run_id"], status=status, phase=phase)
-        _complete(found)
+        _derive_fields(found)
         return RunState(**found, params=known, raw=body, retry_after=_retry_after(lowered))
 
     def _status_params(self, run: _Run) -> dict[str, str]:
         """The status parameters of a run: of an id, a status URL, a mapping or a RunState."""
         params: Any = run.params if isinstance(run, RunState) else run
         if isinstance(run, str):
-            params = self._paths["status"].match(run) if "://" in run else {"run_id": run}
+            params = self._templates["status"].match(run) if "://" in run else {"run_id": run}
             if not params:
                 raise ValueError(f"the status URL does not end as {self.status!r}")
         if not isinstance(params, Mapping):
             raise TypeError(f"a run is a str, a mapping or a RunState, not {type(run).__name__}")
-        self._paths["status"].fill(params)
+        self._templates["status"].fill(params)
         return {name: str(value) for name, value in params.items()}
 
 
@@ -716,7 +723,7 @@ def _shown_url(url: str) -> str:
     return _excerpt(url.partition("?")[0])
 
 
-def _no_state(problem: str, body: Any, run: Any, **attributes: Any) -> BadResponse:
+def _not_a_state(problem: str, body: Any, run: Any, **attributes: Any) -> BadResponse:
     """The error for an answer that is no state, with what it says of an error, and what to do."""
     info = _error_in(body) or _error_in(run)
     said = f"; it says: {_excerpt(info.message)}" if info else ""
@@ -724,7 +731,7 @@ def _no_state(problem: str, body: Any, run: Any, **attributes: Any) -> BadRespon
     return BadResponse(f"{problem}{said}; {advice}", **attributes)
 
 
-def _complete(found: dict[str, Any]) -> None:
+def _derive_fields(found: dict[str, Any]) -> None:
     """Work out what the fields of a state say together, in place."""
     if found["phase"] not in (Phase.FAILED, Phase.CANCELLED):
         found["error"] = None
@@ -784,10 +791,107 @@ ONEPIN = Api(
 )
 
 
+# ---- A request, an attempt at it, and its answer
+
+
+_SHORTEST_SECRET = 8  # characters; a shorter key may be an ordinary word of any answer
+
+
+class _Request(NamedTuple):
+    """What is sent, worked out once for all of its attempts."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes | None
+    timeout: float  # seconds for one attempt
+    read: Callable[[_Answer], Any]  # makes something of a good answer, or raises BadResponse
+    answer_statuses: Sequence[int] = ()  # besides 2xx
+    run: dict[str, str] | None = None  # the params of the one that it concerns
+    starts: bool = False  # a run
+    repeatable: bool = False  # even where an earlier attempt may have arrived
+
+    @property
+    def label(self) -> str:
+        """The request as texts call it; a query may be secret."""
+        name = f"{self.method} {self.path.partition('?')[0]}"
+        if self.run:
+            return f"run {_excerpt(self.run['run_id'])} ({name})"
+        return f"start ({name})" if self.starts else name
+
+
+class _Attempt(NamedTuple):
+    """One attempt at a request."""
+
+    request: _Request
+    key: str
+    headers: dict[str, str]  # what carries the key
+    connect_seconds: float
+    seconds: float
+    may_have_begun: bool  # what is asked for, by an earlier attempt
+
+    def fault(
+        self,
+        kind: type[RunpollError],
+        what: str,  # and what to do
+        begun: bool,  # whether this attempt may have begun what is asked for
+        cause: BaseException | None = None,
+        **attributes: Any,
+    ) -> RunpollError:
+        """The error for what went wrong. Neither its text nor its cause shows the key.
+
+        A text says what was asked, what came, what to do, and of a start whether a run may have
+        begun: "run 42 (GET /runs/42): HTTP 404: no such run; check the id, ...".
+        """
+        text = f"{self.request.label}: {what}"
+        begun = begun or self.may_have_begun
+        if self.request.starts and begun:
+            text += "; a run may have begun: look before you start it again"
+        elif self.request.starts:
+            text += "; no run has begun"
+        attributes.update(params=self.request.run, _may_have_begun=begun)
+        fault = kind(self.redacted(text), **attributes)
+        if cause:
+            shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
+            fault.__cause__ = cause if self.redacted(shown) == shown else None
+        return fault
+
+    def redacted(self, value: Any) -> Any:
+        """A text without the key, or a JSON value without it in its texts."""
+        if isinstance(value, str) and len(self.key) >= _SHORTEST_SECRET:
+            return value.replace(self.key, "[key]")
+        if isinstance(value, dict):
+            return {self.redacted(name): self.redacted(inner) for name, inner in value.items()}
+        return [self.redacted(inner) for inner in value] if isinstance(value, list) else value
+
+
+class _Answer(NamedTuple):
+    status: int
+    reason: str
+    headers: Mapping[str, str]
+    body: bytes  # larger than max_body where it was not read to its end
+
+    @property
+    def text(self) -> str:
+        """The body; bytes that are not UTF-8 are replaced."""
+        return self.body.decode("utf-8-sig", "replace")
+
+
+class _Outcome(NamedTuple):
+    """What came of an attempt, and when on the clock it was made."""
+
+    value: Any  # what `_Request.read` made of the answer, or the RunpollError
+    began: float
+    ended: float
+
+
 # ---- The wire: one request, one answer. It knows nothing of what they mean.
 
 # urllib3 limits each receive but not the whole answer, begins a new limit after a proxy's CONNECT,
-# and lends connections that have been idle for hours. The connections and pools here mend that.
+# and lends connections that have been idle for hours. The connections and pools here mend that:
+# `exchange` hands the deadline to the pool, which keeps it on the connection; before it sends, and
+# before it awaits the answer, the connection gives its socket the time that is left; and the reader
+# of the answer gives each receive what is left of that.
 
 
 _SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = 0.001, 1e9  # seconds; sockets take no more
@@ -847,7 +951,7 @@ class _HTTPConnection(HTTPConnection):
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         if not self.sock:
-            self.connect()
+            self.connect()  # under its own limit
         self._limit_to_deadline()
         super().request(*args, **kwargs)
 
@@ -879,47 +983,12 @@ class _HTTPPool(HTTPConnectionPool):
         while time.monotonic() - conn.last_answer > _IDLE_LIMIT:
             conn.close()
             conn = super()._get_conn(timeout)
-        conn.deadline = timeout
+        conn.deadline = timeout  # a point in time, here
         return conn
 
 
 class _HTTPSPool(_HTTPPool, HTTPSConnectionPool):
     ConnectionCls = _HTTPSConnection
-
-
-class _Request(NamedTuple):
-    """What is sent, worked out once for all of its attempts."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes | None
-    timeout: float  # seconds for one attempt
-    read: Callable[[_Answer], Any]  # makes something of a good answer, or raises BadResponse
-    answer_statuses: Sequence[int] = ()  # besides 2xx
-    run: dict[str, str] | None = None  # the params of the one that it concerns
-    starts: bool = False  # a run
-    repeatable: bool = False  # even where an earlier attempt may have arrived
-
-    @property
-    def name(self) -> str:
-        """The request as texts call it; a query may be secret."""
-        name = f"{self.method} {self.path.partition('?')[0]}"
-        if self.run:
-            return f"run {_excerpt(self.run['run_id'])} ({name})"
-        return f"start ({name})" if self.starts else name
-
-
-class _Answer(NamedTuple):
-    status: int
-    reason: str
-    headers: Mapping[str, str]
-    body: bytes  # larger than max_body where it was not read to its end
-
-    @property
-    def text(self) -> str:
-        """The body; bytes that are not UTF-8 are replaced."""
-        return self.body.decode("utf-8-sig", "replace")
 
 
 class _Wire:
@@ -1010,7 +1079,6 @@ _LAG = 10.0  # seconds in which replicas may not know a run just started, or a f
 _FIRST_RETRY, _LONGEST_RETRY = 0.5, 10.0  # seconds; each wait is twice the one before
 _RETRY_JITTER = 0.9, 1.1  # each wait is multiplied by a factor between these
 _LONGEST_RETRY_AFTER = 120.0  # seconds; an iteration looks again then, whatever it was told
-_SHORTEST_SECRET = 8  # characters; a shorter key may be an ordinary word of any answer
 _BODY_SHOWN = 500  # characters of an answer that an error carries
 _TRANSIENT = {408, 425, 429, *range(500, 600)} - {501, 505}
 _RATE_LIMITS = {403, 429}  # a 403 only with Retry-After, as of some APIs
@@ -1022,61 +1090,12 @@ _ADVICE = {
 }
 
 
-class _Outcome(NamedTuple):
-    """What came of an attempt, and when on the clock it was made."""
-
-    value: Any  # what `_Request.read` made of the answer, or the RunpollError
-    began: float
-    ended: float
-
-
-class _Attempt(NamedTuple):
-    """One attempt at a request."""
-
-    request: _Request
-    key: str
-    headers: dict[str, str]  # what carries the key
-    connect_seconds: float
-    seconds: float
-    may_have_begun: bool  # what is asked for, by an earlier attempt
-
-    def fault(
-        self,
-        kind: type[RunpollError],
-        what: str,  # and what to do
-        begun: bool,  # whether this attempt may have begun what is asked for
-        cause: BaseException | None = None,
-        **attributes: Any,
-    ) -> RunpollError:
-        """The error for what went wrong. Neither its text nor its cause shows the key."""
-        text = f"{self.request.name}: {what}"
-        begun = begun or self.may_have_begun
-        if self.request.starts and begun:
-            text += "; a run may have begun: look before you start it again"
-        elif self.request.starts:
-            text += "; no run has begun"
-        attributes.update(params=self.request.run, _may_have_begun=begun)
-        fault = kind(self.redacted(text), **attributes)
-        if cause:
-            shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
-            fault.__cause__ = cause if self.redacted(shown) == shown else None
-        return fault
-
-    def redacted(self, value: Any) -> Any:
-        """A text without the key, or a JSON value without it in its texts."""
-        if isinstance(value, str) and len(self.key) >= _SHORTEST_SECRET:
-            return value.replace(self.key, "[key]")
-        if isinstance(value, dict):
-            return {self.redacted(name): self.redacted(inner) for name, inner in value.items()}
-        return [self.redacted(inner) for inner in value] if isinstance(value, list) else value
-
-
 def _transport_error(attempt: _Attempt, error: BaseException) -> RunpollError:
     """The error for what urllib3 raised instead of an answer."""
     fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
     reason = _root_cause(fault)
     sent = not isinstance(fault, exceptions.ConnectTimeoutError)
-    # Of the ValueErrors of connecting one is of a host that cannot be, all others of a certificate.
+    # A ValueError while connecting is a certificate's, unless the host name itself is bad.
     bad_host = isinstance(reason, exceptions.LocationValueError)
     untrusted = not sent and isinstance(reason, ValueError) and not bad_host
     # The system's own words stand last.
@@ -1115,6 +1134,7 @@ def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
         info = ErrorInfo(**attempt.redacted(vars(_error_info(body) or info)))
     request_id = headers.get("x-request-id") or headers.get("request-id")
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
+    request_id = attempt.redacted(request_id)
 
     what = f"HTTP {status}: {_excerpt(info.message)}"
     if request_id:
@@ -1172,7 +1192,7 @@ class _Retry:
 
         kind     faults                                              are sat out for
         final    what is not worth another try, or not safe          0 s
-        lag      a status in `lag_statuses`                          10 s
+        lag      404 of a run just started, 401 of a callable key    10 s
         limited  a rate limit, in an iteration                       its timeout
         outage   what else is transient, where repeating is safe,
                  and a rate limit in a direct call                   max_outage
@@ -1183,7 +1203,7 @@ class _Retry:
     ) -> None:
         self.faults = 0
         self.may_have_begun = False  # what was asked for, by some attempt
-        self.lag_statuses = lag_statuses
+        self._lag_statuses = lag_statuses
         self._repeatable, self._iterating = repeatable, iterating
         self._patience = {"final": 0.0, "lag": _LAG, "limited": math.inf, "outage": max_outage}
         self._since: dict[str, float] = {}
@@ -1191,33 +1211,34 @@ class _Retry:
 
     def failed(self, outcome: _Outcome) -> float:
         """When to try again after a fault. Raises it where that is never."""
-        fault, began, now = outcome
+        fault, began, ended = outcome
         self.faults += 1
         self.may_have_begun = fault._may_have_begun
         kind = self._kind(fault)
-        if "outage" in self._since:  # being held back by a rate limit is no part of it
+        if "outage" in self._since:
+            # A 503, then 60 s in which a rate limit holds the session back: those do not count.
             self._since["outage"] += max(0.0, began - self._due)
-        end = self._since.setdefault(kind, now) + self._patience[kind]
+        end = self._since.setdefault(kind, ended) + self._patience[kind]
         retry_after = getattr(fault, "retry_after", None) or 0.0
         if self._iterating:
             retry_after = min(retry_after, _LONGEST_RETRY_AFTER)
-        if now >= end or (now + retry_after > end and not self._iterating):
+        if ended >= end or (ended + retry_after > end and not self._iterating):
             raise fault
         doubled = _FIRST_RETRY * 2.0 ** min(self.faults - 1, 10)
         backoff = min(doubled * random.uniform(*_RETRY_JITTER), _LONGEST_RETRY)
-        due = now + retry_after if retry_after else min(now + backoff, end)
-        self._due = now if kind == "limited" else due
+        due = ended + retry_after if retry_after else min(ended + backoff, end)
+        self._due = ended if kind == "limited" else due
         return due
 
     def succeeded(self) -> None:
         """A good answer came: what fails from now on is another trouble."""
         self.faults = 0
         self.may_have_begun = False
-        self.lag_statuses.discard(404)  # the run is known
+        self._lag_statuses.discard(404)  # the run is known
         self._since.clear()
 
     def _kind(self, fault: RunpollError) -> str:
-        if getattr(fault, "http_status", None) in self.lag_statuses:
+        if getattr(fault, "http_status", None) in self._lag_statuses:
             return "lag"
         if _is_rate_limit(fault):
             return "limited" if self._iterating else "outage"
@@ -1229,6 +1250,7 @@ class _Retry:
 
 
 _IDEMPOTENT = {"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}  # RFC 9110 section 9.2.2
+_LONGEST_SLEEP = 86_400.0  # seconds, at a time; the system refuses what is beyond its clock
 _CLOCK_TOLERANCE = 1e-6  # seconds; two points on the clock that are closer are one
 
 
@@ -1279,7 +1301,7 @@ class Session:
         via = _proxy_for(base, proxy)
         hops = [base, via] if via else [base]
         private = base.scheme == "https" or all(_LOOPBACK.fullmatch(hop.host or "") for hop in hops)
-        if api_key is not None and not private and not allow_http:
+        if api_key and not private and not allow_http:
             raise ValueError(
                 "the key would go over plain http: use https, or allow_http=True in a network "
                 "that you trust"
@@ -1302,7 +1324,7 @@ class Session:
         self._sleep, self._clock = sleep, clock
         self._closed = False
         self._lock = threading.Lock()  # of what follows
-        self._held_until = -math.inf  # when a rate limit lets the next request go
+        self._held_until = -math.inf  # until when no request begins, as the server asked
         self._unknown_words: set[str] = set()  # those that were warned of
 
     def __repr__(self) -> str:
@@ -1343,9 +1365,11 @@ class Session:
 
         Raises RunpollError, whose text says whether a run may have begun.
         """
-        known = {name: str(params[name]) for name in self._path("status").names if name in params}
+        known = {
+            name: str(params[name]) for name in self._template("status").names if name in params
+        }
         request = self._request(
-            self._path("start"),
+            self._template("start"),
             params,
             body,
             headers,
@@ -1369,12 +1393,12 @@ class Session:
         """
         if isinstance(run, RunState) and run.done:
             return run.phase is Phase.CANCELLED
-        path = self._path("cancel")
+        template = self._template("cancel")
         handle = self._api._status_params(run)
         status = self._status_request(handle)
         cancel = self._request(
-            path,
-            {name: handle[name] for name in path.names},
+            template,
+            {name: handle[name] for name in template.names},
             body,
             read=lambda _: None,  # the status request says what came of it
             run=handle,
@@ -1383,7 +1407,13 @@ class Session:
         # Some APIs delete or fail a run that has ended when it is cancelled: look first.
         ended = self._ended(status, gone=(404,))
         if not ended:
-            refusal = self._refusal(cancel)
+            refusal = None
+            try:
+                self._call(cancel)
+            except (ApiError, BadResponse) as error:
+                if error.transient or error.http_status == 401:  # that says nothing of the run
+                    raise
+                refusal = error
             ended = self._ended(status, gone=(404, 410))
             if refusal and not ended:
                 raise refusal
@@ -1419,16 +1449,16 @@ class Session:
 
     # What the calls are made of: requests, attempts, waits.
 
-    def _path(self, name: str) -> _PathTemplate:
-        path = self._api._paths.get(name)
-        if path is None:
+    def _template(self, name: str) -> _PathTemplate:
+        template = self._api._templates.get(name)
+        if template is None:
             raise ValueError(f"this Api has no {name} template")
-        return path
+        return template
 
     def _status_request(self, run: _Run) -> _Request:
         handle = self._api._status_params(run)
         return self._request(
-            self._path("status"),
+            self._template("status"),
             handle,
             read=partial(self._read_state, handle),
             answer_statuses=self._api.answer_statuses,
@@ -1476,7 +1506,7 @@ class Session:
                 self._unknown_words.add(word)
             if not known:
                 text = "run %r: unknown status %r, taken as not ended; Api.phases may list it"
-                _log.warning(text, state.id, state.status)
+                _log.warning(text, state.id, _excerpt(state.status))
         return state
 
     def _authorization(self) -> tuple[str, dict[str, str]]:
@@ -1499,11 +1529,12 @@ class Session:
         attempt = _Attempt(request, key, headers, connect_seconds, seconds, may_have_begun)
         value, ended = self._result_of(attempt), self._clock()
         if isinstance(value, ApiError) and (value.http_status == 503 or _is_rate_limit(value)):
-            self._hold_back(ended + min(value.retry_after or 0.0, _LONGEST_RETRY_AFTER))
+            self._hold_back(value.retry_after or 0.0)
         return _Outcome(value, began, ended)
 
-    def _hold_back(self, until: float) -> None:
-        """Let no request of this session begin before that point on the clock."""
+    def _hold_back(self, seconds: float) -> None:
+        """Let no request of this session begin for so many seconds."""
+        until = self._clock() + min(seconds, _LONGEST_RETRY_AFTER)
         with self._lock:
             self._held_until = max(self._held_until, until)
 
@@ -1530,6 +1561,7 @@ class Session:
                 if good:
                     return _bad_response(attempt, answer, problem)
             except RunpollError as error:  # of a read_state that knows more
+                error.params = error.params or request.run
                 return error
         return _api_error(attempt, answer)
 
@@ -1558,25 +1590,20 @@ class Session:
             return None
         return state if state.done else None
 
-    def _refusal(self, cancel: _Request) -> RunpollError | None:
-        """Send a cancel: the error that says no to it. Raises what says nothing of it."""
-        try:
-            self._call(cancel)
-        except (ApiError, BadResponse) as error:
-            if error.transient or error.http_status == 401:
-                raise
-            return error
-        return None
-
-    def _new_retry(self, request: _Request, iterating: bool = False) -> _Retry:
-        lag_statuses = {401} if callable(self._api_key) else set()
+    def _new_retry(
+        self, request: _Request, iterating: bool = False, just_started: bool = False
+    ) -> _Retry:
+        lag_statuses = {404} if just_started else set()
+        if callable(self._api_key):
+            lag_statuses.add(401)
         return _Retry(request.repeatable, self._max_outage, lag_statuses, iterating)
 
     def _note_retry(self, fault: RunpollError, due: float) -> None:
         """Log a fault that is sat out until `due`; a rate limit is one for the whole session."""
-        _log.warning("%s; trying again in %.1f s", fault, due - self._clock())
+        seconds = max(0.0, due - self._clock())
+        _log.warning("%s; trying again in %.1f s", fault, seconds)
         if _is_rate_limit(fault):
-            self._hold_back(due)
+            self._hold_back(seconds)
 
     def _wait(
         self, next_attempt: Callable[[float, float], float], ask_always: bool = False
@@ -1593,7 +1620,7 @@ class Session:
             seconds = next_attempt(now, self._held_until) - now
             if seconds <= _CLOCK_TOLERANCE and not has_to_ask:
                 return True
-            if self._sleep(min(max(seconds, 0.0), threading.TIMEOUT_MAX)) is True:
+            if self._sleep(min(max(seconds, 0.0), _LONGEST_SLEEP)) is True:
                 return False
             has_to_ask = False
 
@@ -1655,7 +1682,7 @@ class Backoff:
 class _Watch:
     """When the next attempt at one run is due. It never waits and makes no request.
 
-    The deadline is held here: what would be due later is planned as a last poll that just fits, and
+    It keeps the deadline: what would be due later is planned as a last poll that just fits, and
     `next_attempt` raises PollTimeout where none fits any more. An attempt gets the time until it.
     """
 
@@ -1675,7 +1702,6 @@ class _Watch:
         self.last_poll = self.deadline - _LAST_POLL_MARGIN
         if self.state:
             self.state = replace(self.state, polls=0, faults=0, elapsed=0.0, eta=None)
-            self.retry.lag_statuses.add(404)  # a replica may not know yet what was just started
 
     def next_attempt(self, now: float, held_until: float) -> float:
         """When the next attempt is due. Raises PollTimeout where that is never."""
@@ -1683,34 +1709,31 @@ class _Watch:
         if not _reached(self.deadline, due):
             return due
         if not _reached(self.last_poll, now):
-            return self.last_poll  # no timeout is raised before, whatever holds us back
+            return self.last_poll  # held back beyond the deadline; no timeout is raised before
         raise self.timeout_error() from self.fault
 
-    def answered(self, outcome: _Outcome) -> RunState:
+    def succeeded(self, outcome: _Outcome) -> RunState:
         """Take in a good answer, and return it as the caller sees it."""
-        answer, began, now = outcome
+        answer, began, ended = outcome
         self.polls += 1
-        self.last_poll = self.deadline - max(_LAST_POLL_MARGIN, 2 * (now - began))
+        self.last_poll = self.deadline - max(_LAST_POLL_MARGIN, 2 * (ended - began))
         state: RunState = replace(
             answer,
             polls=self.polls,
             faults=self.retry.faults,
-            elapsed=now - self.began,
-            eta=self._eta(answer.progress, now),
+            elapsed=ended - self.began,
+            eta=self._eta(answer.progress, ended),
         )
         self.state, self.fault = state, None
         self.retry.succeeded()
         return state
 
-    def failed(self, outcome: _Outcome) -> float:
-        """When to try again after a fault. Raises it, or PollTimeout, where that is never."""
-        fault, _, now = outcome
-        self.fault = fault
-        if fault.transient and _reached(self.deadline, now):
-            raise self.timeout_error() from fault
-        due = self.retry.failed(outcome)
-        self._set_due(due, now)
-        return due
+    def failed(self, outcome: _Outcome) -> None:
+        """Plan another try after a fault. Raises it, or PollTimeout, where there is none."""
+        self.fault = outcome.value
+        if outcome.value.transient and _reached(self.deadline, outcome.ended):
+            raise self.timeout_error() from outcome.value
+        self._set_due(self.retry.failed(outcome), outcome.ended)
 
     def schedule(self, state: RunState, now: float) -> None:
         """Set when the poll after a state is due, counted from its answer."""
@@ -1737,7 +1760,7 @@ class _Watch:
         within = f" within {_rounded(self.timeout)} s" if self.timeout < math.inf else ""
         seen = f"last status {_excerpt(self.state.status)!r}" if self.state else "no status seen"
         text = (
-            f"{self.request.name}: not ended{within}{why} ({seen}); the run goes on, and "
+            f"{self.request.label}: not ended{within}{why} ({seen}); the run goes on, and "
             "iter_status(session, error.params) follows it again"
         )
         return PollTimeout(text, params=self.request.run, state=self.state)
@@ -1822,8 +1845,8 @@ def _watches(
     for run in runs:
         request = session._status_request(run)
         if request.path not in watches:
-            retry = session._new_retry(request, iterating=True)
             given = run if isinstance(run, RunState) else None
+            retry = session._new_retry(request, iterating=True, just_started=given is not None)
             watches[request.path] = _Watch(request, retry, interval, began, seconds, given)
     return list(watches.values())
 
@@ -1849,16 +1872,19 @@ def _poll_once(session: Session, watch: _Watch) -> _Outcome:
 def _record(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | None:
     """The state that came of an attempt; None for a fault that is sat out."""
     if isinstance(outcome.value, RunpollError):
-        session._note_retry(outcome.value, watch.failed(outcome))
+        watch.failed(outcome)
+        session._note_retry(outcome.value, watch.due)
         return None
-    return watch.answered(outcome)
+    return watch.succeeded(outcome)
 
 
 class _Batch:
     """The watches of many runs, under a heap of due times.
 
-    Its threads only make attempts; all else happens in the caller's, so that nothing needs a lock.
-    They are daemons, so that nobody waits for what is in flight after Ctrl-C.
+    A run is in one place at a time: `_arrived`, its state being handed out next; `_due`, its poll
+    being planned; or in flight, by `_orders` and `_outcomes`. The threads only make attempts; all
+    else happens in the caller's, so that nothing needs a lock. They are daemons, so that nobody
+    waits for what is in flight after Ctrl-C.
     """
 
     def __init__(self, session: Session, watches: list[_Watch], workers: int) -> None:
@@ -1872,7 +1898,7 @@ class _Batch:
         self._orders: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         for index, watch in enumerate(watches):
-            self._put(index, watch.state)
+            self._enqueue(index, watch.state)
 
     def follow(self) -> Generator[RunState, None, None]:
         """As `_follow` does for one: send what is due, hand out what has arrived, or wait."""
@@ -1880,14 +1906,14 @@ class _Batch:
             while self._due or self._in_flight or self._arrived:
                 due, now = self._next_due(), self._session._clock()
                 if _reached(due, now) or not (self._in_flight or self._arrived):
-                    if not self._send():
+                    if not self._send():  # which waits, where nothing else is to be done
                         return
                 elif self._arrived:
                     index, state = self._arrived.popleft()
                     yield state
                     if not state.done:
                         self._watches[index].schedule(state, self._session._clock())
-                        self._put(index, None)
+                        self._enqueue(index, None)
                 else:
                     self._receive(due - now)
         finally:
@@ -1896,7 +1922,7 @@ class _Batch:
             many = f"{len(self._errors)} of {len(self._watches)}"
             raise self._error(f"{many} runs were not followed to their ends")
 
-    def _put(self, index: int, state: RunState | None) -> None:
+    def _enqueue(self, index: int, state: RunState | None) -> None:
         """Where a run stands next: its state is handed out, or it is polled when that is due."""
         if state:
             self._arrived.append((index, state))
@@ -1919,8 +1945,9 @@ class _Batch:
             self._errors[index] = error
             return True
         if self._in_flight == len(self._threads):
-            self._threads.append(threading.Thread(target=self._work, daemon=True))
-            self._threads[-1].start()
+            thread = threading.Thread(target=self._work, daemon=True)
+            thread.start()
+            self._threads.append(thread)
         self._in_flight += 1
         self._orders.put(index)
         return True
@@ -1939,14 +1966,14 @@ class _Batch:
     def _receive(self, seconds: float) -> None:
         """Wait at most so long for what comes of an attempt."""
         try:
-            index, outcome = self._outcomes.get(timeout=min(seconds, threading.TIMEOUT_MAX))
+            index, outcome = self._outcomes.get(timeout=min(seconds, _LONGEST_SLEEP))
         except queue.Empty:
             return
         self._in_flight -= 1
         if isinstance(outcome, BaseException):
             raise outcome
         try:
-            self._put(index, _record(self._session, self._watches[index], outcome))
+            self._enqueue(index, _record(self._session, self._watches[index], outcome))
         except RunpollError as error:
             self._errors[index] = error
             if isinstance(error, ApiError) and error.http_status == 401:

@@ -1661,7 +1661,7 @@ def test_a_direct_call_does_not_wait_for_what_ends_after_max_outage(lab):
 
 
 @table("seconds, held", (100, 100), (3600, 120))
-def test_what_is_not_waited_for_holds_back_the_next_call(lab, seconds, held):
+def test_what_is_not_waited_for_holds_back_the_next_call_for_two_minutes(lab, seconds, held):
     session = lab.open(limited(429, seconds), run())
     with pytest.raises(ApiError):
         session.poll("r1")
@@ -2006,7 +2006,7 @@ def test_a_key_over_plain_http_to_another_machine_is_refused(host):
     with pytest.raises(ValueError, match="plain http"):
         Session(ORDINARY, KEY, base_url=f"http://{host}")
     Session(ORDINARY, KEY, base_url=f"http://{host}", allow_http=True)
-    Session(ORDINARY, base_url=f"http://{host}")
+    Session(ORDINARY, "", base_url=f"http://{host}")
 
 
 @table("host", "localhost", "127.0.0.1", "127.1.2.3", "[::1]")
@@ -2036,6 +2036,13 @@ def test_a_key_that_the_api_sends_back_is_in_no_error_and_no_log(lab, caplog, ec
     shown = "".join(traceback.format_exception(type(error), error, None)) + repr(vars(error))
     records = "".join(record.getMessage() for record in caplog.records if record.name == "runpoll")
     assert KEY not in shown + records + repr(session) and "[key]" in shown
+
+
+def test_a_text_that_is_cut_is_cut_between_words_as_part_of_a_key_is_not_known_as_one(lab):
+    session = lab.open(answer({"error": f"{'no ' * 63}{KEY}"}), max_outage=0)
+    with pytest.raises(BadResponse, match=r"no no\.\.\.; check") as caught:
+        session.poll("r1")
+    assert KEY[:8] not in str(caught.value)
 
 
 def test_a_key_that_is_escaped_in_json_is_shown_by_no_error_info(lab):
@@ -2670,6 +2677,7 @@ def test_an_error_that_read_state_raises_itself_stops_no_other_run(lab):
     session = fleet(lab, {"a": ["done"], "b": ["running", "done"]}, api=api)
     errors = errors_of(iter_batch(session, ["a", "b"], timeout=60))
     assert [str(error) for error in errors] == ["of another tenant"]
+    assert errors[0].params == {"run_id": "a"}
     assert lab.asked.count("GET /jobs/b") == 2
 
 
