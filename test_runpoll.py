@@ -3401,26 +3401,27 @@ def test_the_simulator_is_left_running_until_it_is_interrupted():
         assert begun.wait(10) == 0 and "Traceback" not in begun.stderr.read()
 
 
-def demonstrate(interval: float = 0.2) -> None:
-    """Follow one run of each API and print each state as it comes."""
+def demonstrate(interval: float = 0.4) -> None:
+    """Follow one run of each API, side by side, and print each state as it comes."""
+
+    def follow(name: str) -> str:
+        body, params = STARTS[name]
+        with Session(simulator.api(name), KEY) as session:
+            begun = session.start(body, **params)
+            for state in iter_status(session, begun, interval=interval):
+                progress = "" if state.progress is None else f"{state.progress:.0%}"
+                words = f"{name.upper():<12}{state.status:<12}{state.phase:<12}{progress:>8}"
+                print(f"{words}{state.elapsed:>8.1f} s\n", end="", flush=True)
+            output = state.result()
+            if name == "onepin":  # not inline
+                path = runpoll.ONEPIN.status.replace("/status", "/outputs")
+                output = session.request("GET", path, params=state.params)["data"]
+        return f"{name.upper():<12}{state.phase} after {state.polls} polls: {json.dumps(output)}"
+
     print(f"{'api':<12}{'status':<12}{'phase':<12}{'progress':>8}{'elapsed':>10}")
-    ends = {}
-    with Simulator(stages=5) as simulator:
-        for name, (body, params) in STARTS.items():
-            with Session(simulator.api(name), KEY) as session:
-                begun = session.start(body, **params)
-                for state in iter_status(session, begun, interval=interval):
-                    progress = "" if state.progress is None else f"{state.progress:.0%}"
-                    words = f"{name.upper():<12}{state.status:<12}{state.phase:<12}"
-                    print(f"{words}{progress:>8}{state.elapsed:>8.1f} s", flush=True)
-                output = state.result()
-                if name == "onepin":  # not inline
-                    path = runpoll.ONEPIN.status.replace("/status", "/outputs")
-                    output = session.request("GET", path, params=state.params)["data"]
-                ends[name] = f"{state.phase} after {state.polls} polls: {json.dumps(output)}"
-    print()
-    for name, end in ends.items():
-        print(f"{name.upper():<12}{end}")
+    with Simulator(stages=5) as simulator, ThreadPoolExecutor() as pool:
+        ends = list(pool.map(follow, STARTS))
+    print("", *ends, sep="\n")
     print("\nNext: the README's first example, with the address and the paths of your own API.")
 
 
