@@ -898,7 +898,7 @@ _SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = 0.001, 1e9  # seconds; sockets take no mor
 _IDLE_LIMIT = 15.0  # seconds; what is idle for longer, servers and middleboxes close unseen
 _CHUNK = 2**16  # bytes of an answer that are read at once
 _PACKED_CHUNK = 2**12  # and of a gzipped one, which may unpack to a thousand times as many
-_ONE_ATTEMPT = urllib3.Retry(False, redirect=False)
+_ONE_ATTEMPT = urllib3.Retry(False)
 # A ValueError is what http.client makes of a malformed chunk.
 _NO_ANSWER = (exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
@@ -1025,9 +1025,9 @@ class _Wire:
             headers={**request.headers, **headers},
             retries=_ONE_ATTEMPT,
             redirect=False,
+            assert_same_host=False,
             timeout=urllib3.Timeout(connect=connect_seconds, read=seconds),
             pool_timeout=time.monotonic() + seconds,
-            assert_same_host=False,
             preload_content=False,
             enforce_content_length=True,
         )

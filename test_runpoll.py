@@ -18,6 +18,7 @@ import functools
 import gc
 import gzip
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -1058,6 +1059,10 @@ def test_the_error_of_an_error_answer_is_read_in_any_form(lab, said, info):
     assert caught.value.error == info
 
 
+def test_of_many_errors_the_first_hundred_are_read():
+    assert read("failed", errors=["no"] * 150).error.message == "; ".join(["no"] * 100)
+
+
 ERROR_TEXTS = ["message", "detail", "description", "error_description", "error_message", "title"]
 
 
@@ -1592,7 +1597,7 @@ PASSING = {
     "no state": answer([]),
     "no HTTP": wire(b"hello\r\n\r\n"),
 }
-FINAL = [301, 302, 303, 307, 400, 401, 402, 403, 404, 405, 409, 410, 422, 451, 501, 505]
+FINAL = [301, 302, 303, 307, 400, 401, 402, 403, 404, 405, 409, 410, 422, 451, 501, 505, 600]
 
 
 @table("fault", **PASSING)
@@ -2045,6 +2050,13 @@ def test_a_text_that_is_cut_is_cut_between_words_as_part_of_a_key_is_not_known_a
     assert KEY[:8] not in str(caught.value)
 
 
+@table("key, shown", ("seven77", True), ("eight888", False))
+def test_a_key_of_eight_characters_or_more_is_not_shown(lab, key, shown):
+    with pytest.raises(ApiError) as caught:
+        lab.open(answer({"error": f"bad {key}"}, 400), key=key).poll("r1")
+    assert (key in str(caught.value)) is shown
+
+
 def test_a_key_that_is_escaped_in_json_is_shown_by_no_error_info(lab):
     session = lab.open(answer(rb'{"error": "bad key abc\/def\/ghi=="}', 400), key="abc/def/ghi==")
     with pytest.raises(ApiError) as caught:
@@ -2290,10 +2302,20 @@ def test_the_jitter_stays_in_its_bounds(polls, least, most):
     assert least <= min(waits) < least * 1.1 and most * 0.95 < max(waits) <= most
 
 
+@table("jitter", 0, 1)
+def test_a_jitter_is_a_share(jitter):
+    assert 0 <= runpoll.Backoff(jitter=jitter)(read()) <= 2
+
+
 @each_value(initial=[-1], factor=[math.nan], jitter=[1.1], pace=[-1], paused=[-1])
 def test_a_backoff_that_cannot_work_is_refused(name, value):
     with pytest.raises(ValueError, match=name):
         runpoll.Backoff(**{name: value})
+
+
+def test_no_time_left_is_estimated_where_none_has_passed(lab):
+    states = iter_status(lab.open(run(progress=0.1), run(progress=0.5)), "r1", interval=0)
+    assert [state.eta for state in itertools.islice(states, 2)] == [None, None]
 
 
 def test_the_time_left_is_estimated_from_what_this_iteration_saw(lab):
@@ -2383,6 +2405,12 @@ def test_a_sleep_that_returns_true_makes_wait_a_timeout_from_the_last_fault(lab,
     with pytest.raises(PollTimeout, match=r"sleep\(\) ended the wait") as caught:
         wait(lab.open(said, sleep=lambda seconds: seconds > 0), "r1")
     assert getattr(caught.value.__cause__, "http_status", None) == cause
+    assert caught.value.transient and "within 300 s" in str(caught.value)
+
+
+def test_a_wait_without_a_limit_that_sleep_ends_names_none(lab):
+    with pytest.raises(PollTimeout, match=r"not ended, as sleep\(\) ended the wait \(last status"):
+        wait(lab.open(run(), sleep=lambda seconds: seconds > 0), "r1", timeout=None)
 
 
 @table("fault", KeyboardInterrupt, ZeroDivisionError)
@@ -2523,6 +2551,16 @@ def test_an_outage_is_sat_out_for_max_outage_seconds(lab, max_outage):
     with pytest.raises(ApiError, match="HTTP 502"):
         next(states)
     assert lab.clock.now - 1001 == pytest.approx(max_outage)
+
+
+def test_what_a_good_answer_settled_is_not_left_open(lab):
+    session = lab.open(502, run(), max_outage=5)
+    states = iter_status(session, "r1")
+    next(states)
+    lab.clock.meanwhile = lab.server.__exit__
+    with pytest.raises(TransportError, match="Connection refused") as caught:
+        next(states)
+    assert caught.value.sent is False
 
 
 def test_a_good_answer_ends_an_outage(lab):
@@ -2897,18 +2935,20 @@ def test_a_built_in_api_takes_parameters_and_headers_or_a_url(lab, simulator, ca
     monkeypatch.setenv("RUNPOLL_API_KEY", KEY)
     ids = lab.session(simulator.api("onepin")).start(None, **STARTS["onepin"][1]).params
     base = ["--api", "onepin", "--base-url", f"{simulator.url}/onepin", "--interval", "0"]
-    given = ["--param", f"workflow_id={ids['workflow_id']}", "--header", "X-Workspace-Id=ws_1"]
+    given = ["--param", f"workflow_id={ids['workflow_id']}", "--header", "X-Workspace-Id=a=b=c"]
     url = f"https://api.onepin.ai{BUILT_IN['onepin'].status}".format(**ids)
     assert runpoll.main([ids["run_id"], *base, *given]) == runpoll.main([url, *base]) == 0
-    assert lab.requests[1].headers["X-Workspace-Id"] == "ws_1"
+    assert lab.requests[1].headers["X-Workspace-Id"] == "a=b=c"
     assert "succeeded 100% completed" in capsys.readouterr().out
 
 
 def test_verbose_logs_each_poll_and_never_the_key(shell):
+    before = logging.getLogger("runpoll").level
     code, _, complaints = shell("--verbose", answers=[run(), limited(503, 0.01), DONE])
     assert code == 0 and len(complaints) == 3 and KEY not in " ".join(complaints)
     assert complaints[0] == "runpoll: run 'r1': 'running'"
-    assert not logging.getLogger("runpoll").handlers
+    logger = logging.getLogger("runpoll")
+    assert not logger.handlers and logger.level == before
 
 
 def test_help_and_version_are_0(capsys):
@@ -3296,6 +3336,28 @@ def test_all_is_what_is_public():
         and (isinstance(value, Api) or getattr(value, "__module__", "") == "runpoll")
     }
     assert public == set(runpoll.__all__) and len(runpoll.__all__) == len(public)
+
+
+@table(
+    "function, documented",
+    (Session, {"request_timeout": 30, "max_outage": 60, "max_body": 16 * 2**20, "proxy": None}),
+    (Session.start, {"body": None, "request_timeout": 330, "repeatable": False}),
+    (iter_status, {"interval": runpoll.Backoff(), "timeout": 300}),
+    (wait, {"interval": runpoll.Backoff(), "timeout": 300}),
+    (iter_batch, {"interval": runpoll.Backoff(), "workers": 8}),
+    (
+        runpoll.Backoff,
+        {"initial": 1, "factor": 1.3, "maximum": 12, "jitter": 0.1, "pace": 0.7, "paused": 30},
+    ),
+)
+def test_the_defaults_are_those_that_are_documented(function, documented):
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    assert {**defaults, **documented} == defaults
+    assert function is not iter_batch or "timeout" not in defaults
 
 
 @table("value", backoff=runpoll.Backoff(), error=ErrorInfo("no"), api=ORDINARY, state=read())
