@@ -1622,6 +1622,12 @@ def test_the_waits_double_from_half_a_second_to_ten_with_jitter_until_max_outage
     assert len(set(lab.naps)) > 5
 
 
+def test_a_direct_call_has_one_patience_for_outages_and_rate_limits(lab):
+    with pytest.raises(ApiError):
+        lab.open(*[502, 429] * 20).poll("r1")
+    assert sum(lab.naps) == pytest.approx(60)
+
+
 @table("fault", 502, 429, reset)
 def test_at_a_max_outage_of_0_a_fault_is_raised_at_once(lab, fault):
     with pytest.raises(runpoll.RunpollError):
