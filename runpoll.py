@@ -806,10 +806,10 @@ class _Request(NamedTuple):
     body: bytes | None
     timeout: float  # seconds for one attempt
     read: Callable[[_Answer], Any]  # makes something of a good answer, or raises BadResponse
+    repeatable: bool  # even where an earlier attempt may have arrived
     answer_statuses: Sequence[int] = ()  # besides 2xx
     run: dict[str, str] | None = None  # the params of the one that it concerns
     starts: bool = False  # a run
-    repeatable: bool = False  # even where an earlier attempt may have arrived
 
     @property
     def label(self) -> str:
@@ -1517,7 +1517,7 @@ class Session:
         return key, _checked_headers(header if key else None)
 
     def _attempt(
-        self, request: _Request, may_have_begun: bool = False, deadline: float = math.inf
+        self, request: _Request, may_have_begun: bool, deadline: float = math.inf
     ) -> _Outcome:
         """Make one attempt, which does not pass the deadline; its fault is for others to judge."""
         if self._closed:

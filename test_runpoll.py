@@ -972,6 +972,10 @@ def test_timestamps_are_aware_utc(said, later):
     assert state.created_at.tzinfo is timezone.utc
 
 
+def test_unix_time_is_milliseconds_from_where_seconds_would_be_far_in_the_future():
+    assert read(created_at=150_000_000_000).created_at.year == 1974
+
+
 @table("said", "yesterday", "2026-02-30T12:00:00Z", "2026-02-27", "", -1, 1e300, math.nan, True, {})
 def test_a_timestamp_that_cannot_be_read_is_none(said):
     assert read(created_at=said).created_at is None
@@ -1509,6 +1513,11 @@ def test_what_comes_of_a_cancel(lab, answers, outcome):
     assert lab.asked == [look, cancel, look][: len(answers)]
 
 
+def test_a_cancel_is_tried_again_after_a_fault_that_passes(lab):
+    assert lab.open(run(), 502, answer(), run("cancelled")).cancel("r1") is True
+    assert len(lab.requests) == 4
+
+
 @table("word, outcome", ("cancelled", True), ("done", False), ("failed", False))
 def test_a_cancel_of_a_state_that_is_done_asks_nothing(lab, word, outcome):
     assert lab.open(500).cancel(read(word)) is outcome
@@ -1663,6 +1672,7 @@ def test_a_retry_after_replaces_the_wait(lab, caplog, status, headers, seconds):
 def test_a_retry_after_that_says_nothing_is_as_if_absent(lab, value):
     lab.open(answer(None, 429, {"Retry-After": value}), DONE).poll("r1")
     assert lab.naps == about(0.5)
+    assert ORDINARY.read_state(run(), headers={"Retry-After": value}).retry_after is None
 
 
 def test_a_direct_call_does_not_wait_for_what_ends_after_max_outage(lab):
@@ -1691,6 +1701,13 @@ def test_who_is_limited_holds_back_the_whole_session(lab, status, held):
     lab.clock.meanwhile = another
     session.poll("r1")
     assert begun == [1009 if held else 1000]
+
+
+def test_a_rate_limit_without_a_time_holds_back_the_session_for_its_wait(lab):
+    session = lab.open(429, run())
+    lab.clock.meanwhile = lambda: session.request("GET", "/other")
+    session.poll("r1")
+    assert lab.naps == about(0.5, 0.5)
 
 
 # ---- A start is never sent twice where the first may have begun a run
@@ -1951,6 +1968,15 @@ def test_a_proxy_is_asked_for_whole_urls_over_plain_http(lab):
     assert lab.requests[0].headers["Proxy-Authorization"] == "Basic dXNlcjpwQHNz"
 
 
+def test_a_proxy_that_refuses_to_connect_leaves_no_connection_open(lab):
+    proxy = lab.serve(400)
+    session = lab.session(base_url="https://api.test", proxy=proxy.url, max_outage=0)
+    with pytest.raises(TransportError) as caught:
+        session.poll("r1")
+    proxy.until_closed()
+    assert caught.value.sent is False and lab.asked == ["CONNECT api.test:443"]
+
+
 @table("scheme", "http", "https")
 def test_a_proxy_of_the_environment_is_used(lab, monkeypatch, scheme):
     monkeypatch.setenv(f"{scheme}_proxy", lab.serve(400).url[len("http://") :])
@@ -2056,6 +2082,12 @@ def test_a_text_that_is_cut_is_cut_between_words_as_part_of_a_key_is_not_known_a
     assert KEY[:8] not in str(caught.value)
 
 
+@table("length, shown", (200, "x" * 200), (300, "x" * 200 + "..."))
+def test_a_word_that_is_longer_than_a_text_is_cut_all_the_same(lab, length, shown):
+    with pytest.raises(ApiError, match=f": {re.escape(shown)}; unchanged"):
+        lab.open(answer({"error": "x" * length}, 400)).poll("r1")
+
+
 @table("key, shown", ("seven77", True), ("eight888", False))
 def test_a_key_of_eight_characters_or_more_is_not_shown(lab, key, shown):
     with pytest.raises(ApiError) as caught:
@@ -2143,6 +2175,7 @@ def test_the_id_of_a_request_that_failed_may_stand_in_a_header(lab, header):
 
 ADVICE = {
     "401": (401, "check the API key"),
+    "403": (403, "check the API key and what it may do"),
     "404": (404, "check the id, the base_url and whose key it is"),
     "429": (429, "ask less often"),
     "500": (500, "try again later"),
@@ -2520,7 +2553,8 @@ def test_a_key_that_took_all_the_time_is_not_used(lab):
 
     with pytest.raises(PollTimeout) as caught:
         wait(lab.open(run(), key=slow_key), "r1", timeout=5)
-    assert "the key took all the time" in str(caught.value.__cause__) and not lab.requests
+    cause = caught.value.__cause__
+    assert "the key took all the time" in str(cause) and cause.sent is False and not lab.requests
 
 
 # ---- Faults in an iteration
