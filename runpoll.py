@@ -44,7 +44,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, TypeVar, Union, overload
 from urllib.parse import quote, unquote, urlsplit
 
@@ -331,19 +331,28 @@ _RFC_3339 = re.compile(
 
 def _instant(value: Any) -> datetime | None:
     """RFC 3339, or Unix time in seconds or milliseconds; without an offset it is UTC."""
+    if isinstance(value, str):
+        return _parsed_instant(value)
     number = _seconds(value)
-    found = _RFC_3339.fullmatch(value) if isinstance(value, str) else None
     with suppress(ValueError, OverflowError, OSError):
         if isinstance(value, datetime):  # a callable of the Api's has read it
             return value.replace(tzinfo=value.tzinfo or timezone.utc).astimezone(timezone.utc)
         if number is not None:
             seconds = number if number < 1e11 else number / 1000  # in seconds, the year 5138
             return datetime.fromtimestamp(seconds, timezone.utc)
-        if found:
-            date, clock, fraction, hours, minutes = found.groups()
-            # The form that Python 3.9 reads, too.
-            exact = f"{date}T{clock}.{fraction or '0':0<6.6}{hours or '+00'}:{minutes or '00'}"
-            return datetime.fromisoformat(exact).astimezone(timezone.utc)
+    return None
+
+
+@lru_cache(maxsize=256)  # most answers of a run bring the same ones again
+def _parsed_instant(text: str) -> datetime | None:
+    found = _RFC_3339.fullmatch(text)
+    if not found:
+        return None
+    date, clock, fraction, hours, minutes = found.groups()
+    # The form that Python 3.9 reads, too.
+    exact = f"{date}T{clock}.{fraction or '0':0<6.6}{hours or '+00'}:{minutes or '00'}"
+    with suppress(ValueError, OverflowError):
+        return datetime.fromisoformat(exact).astimezone(timezone.utc)
     return None
 
 
@@ -1309,8 +1318,8 @@ class Session:
         self._api = api
         self._api_key = api_key
         self._base_url = base.url
-        if not callable(api_key):
-            self._authorization()  # what cannot be sent is refused here
+        # What cannot be sent is refused here.
+        self._fixed_authorization = None if callable(api_key) else self._authorization()
         self._headers = {
             "Accept": "application/json",
             "Accept-Encoding": "gzip",
@@ -1523,7 +1532,7 @@ class Session:
         if self._closed:
             raise RuntimeError("the session is closed")
         began = self._clock()
-        key, headers = self._authorization()
+        key, headers = self._fixed_authorization or self._authorization()
         seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         connect_seconds = min(self._timeout, seconds) / 2
         attempt = _Attempt(request, key, headers, connect_seconds, seconds, may_have_begun)
