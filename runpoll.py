@@ -1687,7 +1687,7 @@ class Backoff:
         return min(seconds, max(self.pace * state.eta, self.initial))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Watch:
     """When the next attempt at one run is due. It never waits and makes no request.
 
