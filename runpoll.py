@@ -558,6 +558,10 @@ class _PathTemplate:
                 raise TypeError(f"the path {self.path!r} has no {name!r}")
         return path
 
+    def own(self, params: Mapping[str, Any]) -> dict[str, str]:
+        """Those of the parameters that this path has."""
+        return {name: str(params[name]) for name in self.names if name in params}
+
     def match(self, url: str) -> dict[str, str]:
         """The parameters of a URL that ends in this path; none where it does not.
 
@@ -680,7 +684,7 @@ class Api:
             name: _first_value(run, paths, read) for name, (read, paths) in self._readers.items()
         }
         template = self._templates["status"]
-        known = {name: str(params[name]) for name in template.names if params and name in params}
+        known = template.own(params or {})
         is_poll = "run_id" in known
         if not is_poll and found["id"]:
             known["run_id"] = found["id"]
@@ -1133,13 +1137,14 @@ def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
     headers = attempt.redacted(_lower_case_names(answer.headers))
     retry_after = _retry_after(headers)
     transient = status in _TRANSIENT or (status == 403 and retry_after is not None)
-    text = attempt.redacted(answer.text)
-    said = _excerpt(text)
+    text = answer.text
+    shown = attempt.redacted(text)
+    said = _excerpt(shown)
     if not said or said[0] in "<{[":  # the first line of a gateway's page tells nothing
         said = f"{attempt.redacted(answer.reason)} {said}".strip()
     body, info = None, ErrorInfo(said or "no text")
     with suppress(BadResponse, RecursionError):
-        body = _parsed_json(answer.text)
+        body = _parsed_json(text)
         info = ErrorInfo(**attempt.redacted(vars(_error_info(body) or info)))
     request_id = headers.get("x-request-id") or headers.get("request-id")
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
@@ -1156,7 +1161,7 @@ def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
         status not in _NOTHING_DONE,
         http_status=status,
         error=info,
-        body=text[:_BODY_SHOWN],
+        body=shown[:_BODY_SHOWN],
         request_id=request_id,
         retry_after=retry_after,
         transient=transient,
@@ -1374,9 +1379,7 @@ class Session:
 
         Raises RunpollError, whose text says whether a run may have begun.
         """
-        known = {
-            name: str(params[name]) for name in self._template("status").names if name in params
-        }
+        known = self._template("status").own(params)
         request = self._request(
             self._template("start"),
             params,
@@ -1403,14 +1406,13 @@ class Session:
         if isinstance(run, RunState) and run.done:
             return run.phase is Phase.CANCELLED
         template = self._template("cancel")
-        handle = self._api._status_params(run)
-        status = self._status_request(handle)
+        status = self._status_request(run)
         cancel = self._request(
             template,
-            {name: handle[name] for name in template.names},
+            template.own(status.run or {}),
             body,
             read=lambda _: None,  # the status request says what came of it
-            run=handle,
+            run=status.run,
             repeatable=True,
         )
         # Some APIs delete or fail a run that has ended when it is cancelled: look first.
@@ -2101,7 +2103,8 @@ def _run_command(options: Any, live: bool) -> tuple[int, str]:
     except KeyboardInterrupt:
         return 130, f"interrupted; {goes_on}"
     except OSError as error:  # of the output; what is still to be flushed goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         broken = isinstance(error, BrokenPipeError)  # its reader has gone, and wants no more
         return 130, "" if broken else f"the output failed ({error.strerror}); {goes_on}"
 
