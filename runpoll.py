@@ -55,31 +55,10 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import Url, make_headers, parse_url
 
 __version__ = "0.2.0"
-__all__ = [
-    "RunpollError",
-    "TransportError",
-    "ApiError",
-    "BadResponse",
-    "PollTimeout",
-    "RunFailed",
-    "RunCancelled",
-    "RunNotDone",
-    "BatchError",
-    "Phase",
-    "ErrorInfo",
-    "RunState",
-    "Api",
-    "RAPIDFOLIO",
-    "DOCLO",
-    "DIBBY",
-    "ONEPIN",
-    "Session",
-    "Backoff",
-    "iter_status",
-    "wait",
-    "iter_batch",
-    "main",
-]
+__all__ = ["Session", "iter_status", "wait", "iter_batch", "Backoff", "main"]
+__all__ += ["Api", "RAPIDFOLIO", "DOCLO", "DIBBY", "ONEPIN", "RunState", "Phase", "ErrorInfo"]
+__all__ += ["RunpollError", "TransportError", "ApiError", "BadResponse", "PollTimeout"]
+__all__ += ["RunFailed", "RunCancelled", "RunNotDone", "BatchError"]
 
 _T = TypeVar("_T")
 _log = logging.getLogger("runpoll")
@@ -104,8 +83,9 @@ class RunpollError(Exception):
     """The base of all errors. They pickle and copy."""
 
     params: dict[str, str] | None = None  # those of the run, where it concerns one
+    state: RunState | None = None  # the last one seen, where there is one
     transient: bool = False  # whether another try may fare better
-    _may_have_begun: bool = True  # whether an attempt may have begun what was asked for
+    sent: bool = True  # False when no attempt of the call can have begun what was asked for
 
     def __init__(self, text: str = "", **attributes: Any) -> None:
         super().__init__(text)
@@ -116,7 +96,6 @@ class TransportError(RunpollError):
     """No answer: DNS, refused, reset, TLS, timed out. `__cause__` is urllib3's error."""
 
     transient = True
-    sent: bool = True  # False when no attempt of the call can have begun anything
 
 
 class ApiError(RunpollError):
@@ -141,25 +120,18 @@ class PollTimeout(RunpollError, TimeoutError):
     """`timeout` ran out. The run goes on."""
 
     transient = True
-    state: RunState | None = None  # the last one seen
 
 
 class RunFailed(RunpollError):
     """The result was asked of a run that failed."""
 
-    state: RunState | None = None
-
 
 class RunCancelled(RunpollError):
     """The result was asked of a run that was cancelled."""
 
-    state: RunState | None = None
-
 
 class RunNotDone(RunpollError):
     """The result was asked of a run that has not ended."""
-
-    state: RunState | None = None
 
 
 class BatchError(RunpollError):
@@ -247,18 +219,23 @@ class RunState:
         """
         if self.ok:
             return self.output if decode is None else decode(self.output)
-        kind: type[RunpollError] = RunNotDone
-        what = f"has not ended (status {_excerpt(self.status)!r}); follow it with iter_status()"
-        if self.phase is Phase.FAILED:
-            kind, what = RunFailed, "failed"
-        elif self.phase is Phase.CANCELLED:
-            kind, what = RunCancelled, "was cancelled"
+        not_done = (
+            RunNotDone,
+            f"has not ended (status {_excerpt(self.status)!r}); iter_status() follows it",
+        )
+        kind, what = _BAD_ENDS.get(self.phase, not_done)
         text = f"run {_excerpt(self.id)} {what}"
         if self.error:
             text += f": {_excerpt(self.error.message)}"
             text += f", in the step {_excerpt(self.error.step)!r}" if self.error.step else ""
             text += f" (code {_excerpt(self.error.code)})" if self.error.code else ""
         raise kind(text, params=self.params, state=self)
+
+
+_BAD_ENDS: dict[Phase, tuple[type[RunpollError], str]] = {
+    Phase.FAILED: (RunFailed, "failed"),
+    Phase.CANCELLED: (RunCancelled, "was cancelled"),
+}
 
 
 def _excerpt(text: str) -> str:
@@ -275,24 +252,34 @@ def _excerpt(text: str) -> str:
 
 
 _Reader = Callable[[Any], Any]  # a value as it is read; None for one of the wrong type
+_Place = Union[list[str], Callable[[Any], Any]]  # the keys of a path, or what finds a value
+_CALLERS_ERRORS = (LookupError, TypeError, ValueError, AttributeError)  # of a caller's own code
 
 
-def _split_paths(paths: str | Sequence[str]) -> list[list[str]]:
-    """Dotted paths as lists of keys. Raises TypeError for what is no str."""
-    return [str.split(path, ".") for path in ([paths] if isinstance(paths, str) else paths)]
+def _places(given: Any) -> list[_Place]:
+    """Where a value may stand: dotted paths and callables. Raises TypeError for other things."""
+    many = [given] if isinstance(given, str) or callable(given) else given
+    return [place if callable(place) else str.split(place, ".") for place in many]
 
 
-def _first_value(body: Any, paths: list[list[str]], read: _Reader) -> Any:
-    """The first value at one of the paths that `read` takes, as it reads it; else None."""
-    for path in paths:
-        value = body
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
+def _first_value(body: Any, places: Iterable[_Place], read: _Reader) -> Any:
+    """The first value at one of the places that `read` takes, as it reads it; else None."""
+    for place in places:
+        value = read(_found_at(place, body))
         if value is not None:
-            value = read(value)
-            if value is not None:
-                return value
+            return value
     return None
+
+
+def _found_at(place: _Place, body: Any) -> Any:
+    if not callable(place):
+        for key in place:
+            body = body.get(key) if isinstance(body, dict) else None
+        return body
+    try:
+        return place(body)
+    except _CALLERS_ERRORS:
+        return None
 
 
 def _as_is(value: Any) -> Any:
@@ -331,35 +318,26 @@ _RFC_3339 = re.compile(
 
 def _instant(value: Any) -> datetime | None:
     """RFC 3339, or Unix time in seconds or milliseconds; without an offset it is UTC."""
-    if isinstance(value, str):
-        return _parsed_instant(value)
+    found = _RFC_3339.fullmatch(value) if isinstance(value, str) else None
     number = _seconds(value)
     with suppress(ValueError, OverflowError, OSError):
-        if isinstance(value, datetime):  # a callable of the Api's has read it
-            return value.replace(tzinfo=value.tzinfo or timezone.utc).astimezone(timezone.utc)
-        if number is not None:
+        if found:
+            date, clock, fraction, hours, minutes = found.groups()
+            # The form that Python 3.9 reads, too.
+            exact = f"{date}T{clock}.{fraction or '0':0<6.6}{hours or '+00'}:{minutes or '00'}"
+            value = datetime.fromisoformat(exact)
+        elif number is not None:
             seconds = number if number < 1e11 else number / 1000  # in seconds, the year 5138
-            return datetime.fromtimestamp(seconds, timezone.utc)
+            value = datetime.fromtimestamp(seconds, timezone.utc)
+        if isinstance(value, datetime):  # a callable of the Api's may find one
+            return value.replace(tzinfo=value.tzinfo or timezone.utc).astimezone(timezone.utc)
     return None
 
 
-@lru_cache(maxsize=256)  # most answers of a run bring the same ones again
-def _parsed_instant(text: str) -> datetime | None:
-    found = _RFC_3339.fullmatch(text)
-    if not found:
-        return None
-    date, clock, fraction, hours, minutes = found.groups()
-    # The form that Python 3.9 reads, too.
-    exact = f"{date}T{clock}.{fraction or '0':0<6.6}{hours or '+00'}:{minutes or '00'}"
-    with suppress(ValueError, OverflowError):
-        return datetime.fromisoformat(exact).astimezone(timezone.utc)
-    return None
-
-
-_MESSAGES = _split_paths(
+_MESSAGES = _places(
     ["message", "detail", "description", "error_description", "error_message", "title"]
 )
-_NESTINGS = _split_paths(["error", "errors", "detail"])
+_NESTINGS = _places(["error", "errors", "detail"])
 
 
 def _error_info(value: Any) -> ErrorInfo | None:
@@ -409,13 +387,10 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
     A date counts from the answer's own Date, so that the clock of this machine does not matter.
     """
-    if "retry-after" not in headers:
-        return None
-    value = headers["retry-after"].strip()
+    value = headers.get("retry-after", "").strip()
     if re.fullmatch(r"[0-9]{1,300}(\.[0-9]+)?", value):
-        seconds = float(value)
-    else:
-        seconds = _http_date(value) - (_http_date(headers.get("date", "")) or time.time())
+        return float(value) or None
+    seconds = _http_date(value) - (_http_date(headers.get("date", "")) or time.time())
     return seconds if seconds > 0 else None
 
 
@@ -474,9 +449,9 @@ _USUAL_WORDS = {
 }
 
 
-def _spelled(names: str) -> list[list[str]]:
+def _spelled(names: str) -> list[_Place]:
     """Each name as a path, in snake_case and in camelCase."""
-    paths = []
+    paths: list[_Place] = []
     for name in names.split():
         camel_case = name[0] + name.title().replace("_", "")[1:]
         paths += [[name], [camel_case]]
@@ -484,7 +459,7 @@ def _spelled(names: str) -> list[list[str]]:
 
 
 # RunState field -> what reads it, and where it usually stands.
-_USUAL_FIELDS: dict[str, tuple[_Reader, list[list[str]]]] = {
+_USUAL_FIELDS: dict[str, tuple[_Reader, list[_Place]]] = {
     "id": (_text_or_number, _spelled("run_id id execution_id job_id task_id")),
     "status": (_text_or_number, _spelled("status state")),
     "output": (_as_is, _spelled("output outputs result results")),
@@ -500,7 +475,6 @@ _USUAL_FIELDS: dict[str, tuple[_Reader, list[list[str]]]] = {
 }
 
 _Run = Union[str, Mapping[str, Any], RunState]
-_READER_ERRORS = (LookupError, TypeError, ValueError, AttributeError)  # of a caller's own code
 
 
 def _normalized(word: str) -> str:
@@ -514,13 +488,6 @@ def _normalized(word: str) -> str:
 _USUAL_PHASES = {
     _normalized(word): phase for phase, words in _USUAL_WORDS.items() for word in words.split()
 }
-
-
-def _read_found(find: _Reader, read: _Reader, run: Any) -> Any:
-    """What a callable of the caller's finds in a run; where it raises, nothing."""
-    with suppress(*_READER_ERRORS):
-        return read(find(run))
-    return None
 
 
 _PARAMETER = re.compile(r"\{(\w+)\}")
@@ -610,7 +577,7 @@ class Api:
     start: str = ""
     cancel: str = ""
     root: str = ""
-    fields: Mapping[str, str | Sequence[str] | _Reader] = field(default_factory=dict)
+    fields: Mapping[str, str | Sequence[Any] | Callable[[Any], Any]] = field(default_factory=dict)
     phases: Mapping[str, Phase | str] = field(default_factory=dict)
     auth_header: str = "Authorization"
     auth_scheme: str = "Bearer"
@@ -642,18 +609,15 @@ class Api:
         return {"": Phase.PENDING, **_USUAL_PHASES, **own}  # "" is no word at all, as of a start
 
     @cached_property
-    def _readers(self) -> dict[str, tuple[_Reader, list[list[str]]]]:
-        """RunState field -> what reads it, and the paths that this is given."""
-        readers = dict(_USUAL_FIELDS)
-        for name, place in {**self.fields}.items():
-            if name not in readers:
-                raise ValueError(f"fields names {name!r}; it may name {', '.join(readers)}")
-            read, _ = readers[name]
-            if callable(place):
-                readers[name] = partial(_read_found, place, read), [[]]
-            else:
-                readers[name] = read, _split_paths(place)
-        return readers
+    def _readers(self) -> dict[str, tuple[_Reader, list[_Place]]]:
+        """RunState field -> what reads it, and where it stands."""
+        own = {}
+        for name, given in {**self.fields}.items():
+            if name not in _USUAL_FIELDS:
+                raise ValueError(f"fields names {name!r}; it may name {', '.join(_USUAL_FIELDS)}")
+            read, _ = _USUAL_FIELDS[name]
+            own[name] = read, _places(given)
+        return {**_USUAL_FIELDS, **own}
 
     def read_state(
         self,
@@ -679,9 +643,9 @@ class Api:
         """
         lowered = _lower_case_names(headers)
         location = lowered.get("location", "")
-        run = _first_value(body, _split_paths(self.root), _as_is) if self.root else body
+        run = _first_value(body, _places(self.root), _as_is) if self.root else body
         found = {
-            name: _first_value(run, paths, read) for name, (read, paths) in self._readers.items()
+            name: _first_value(run, places, read) for name, (read, places) in self._readers.items()
         }
         template = self._templates["status"]
         known = template.own(params or {})
@@ -763,10 +727,9 @@ def _derive_fields(found: dict[str, Any]) -> None:
 # ---- The built-in APIs, as their documents describe them
 
 
-def _doclo_duration(run: Any) -> float | None:
+def _doclo_duration(run: Any) -> Any:
     """Seconds; both figures of Doclo are milliseconds."""
-    milliseconds = _first_value(run, [["duration"], ["metrics", "durationMs"]], _seconds)
-    return None if milliseconds is None else milliseconds / 1000
+    return _first_value(run, _places(["duration", "metrics.durationMs"]), _seconds) / 1000
 
 
 RAPIDFOLIO = Api(
@@ -862,7 +825,7 @@ class _Attempt(NamedTuple):
             text += "; a run may have begun: look before you start it again"
         elif self.request.starts:
             text += "; no run has begun"
-        attributes.update(params=self.request.run, _may_have_begun=begun)
+        attributes.update(params=self.request.run, sent=begun)
         fault = kind(self.redacted(text), **attributes)
         if cause:
             shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
@@ -1121,8 +1084,7 @@ def _transport_error(attempt: _Attempt, error: BaseException) -> RunpollError:
         what = f"no answer within {_rounded(attempt.seconds)} s; try again later"
     else:
         what = f"no connection within {_rounded(attempt.connect_seconds)} s; try again later"
-    arrived = sent or attempt.may_have_begun
-    return attempt.fault(TransportError, what, sent, error, sent=arrived, transient=not untrusted)
+    return attempt.fault(TransportError, what, sent, error, transient=not untrusted)
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -1227,7 +1189,7 @@ class _Retry:
         """When to try again after a fault. Raises it where that is never."""
         fault, began, ended = outcome
         self.faults += 1
-        self.may_have_begun = fault._may_have_begun
+        self.may_have_begun = fault.sent
         kind = self._kind(fault)
         if "outage" in self._since:
             # A 503, then 60 s in which a rate limit holds the session back: those do not count.
@@ -1256,7 +1218,7 @@ class _Retry:
             return "lag"
         if _is_rate_limit(fault):
             return "limited" if self._iterating else "outage"
-        safe = self._repeatable or not fault._may_have_begun
+        safe = self._repeatable or not fault.sent
         return "outage" if fault.transient and safe else "final"
 
 
@@ -1503,7 +1465,7 @@ class Session:
         try:
             state = self._api.read_state(body, dict(params), answer.headers, answer.status)
             _checked(RunState, "what read_state returns", state)
-        except (*_READER_ERRORS, RecursionError) as error:
+        except (*_CALLERS_ERRORS, RecursionError) as error:
             # Not its message, which may quote what a run returns.
             text = f"{type(error).__name__} in read_state; check how the Api reads such an answer"
             raise BadResponse(text) from error
@@ -1554,7 +1516,7 @@ class Session:
         request = attempt.request
         if attempt.seconds <= 0:
             what = "not sent, as the key took all the time that was left; try again later"
-            return attempt.fault(TransportError, what, False, sent=attempt.may_have_begun)
+            return attempt.fault(TransportError, what, False)
         try:
             answer = self._wire.exchange(
                 request, attempt.headers, attempt.connect_seconds, attempt.seconds
