@@ -44,9 +44,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, Union, overload
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import urllib3
 from urllib3 import exceptions
@@ -510,20 +510,17 @@ class _PathTemplate:
 
     def fill(self, params: Mapping[str, Any]) -> str:
         """The path; each value is encoded whole, so that it cannot change the rest."""
-        path = self.path
-        for name in self.names:
+        encoded = {}
+        for name in (*self.names, *params):
             if name not in params:
                 raise TypeError(f"the path {self.path!r} lacks the parameter {name!r}")
-            value = params[name]
-            if isinstance(value, bool) or not isinstance(value, int):
-                _checked(str, name, value)
-            if value in _NO_SEGMENTS:
-                raise ValueError(f"path parameter {name!r} may not be {value!r}")
-            path = path.replace(f"{{{name}}}", quote(str(value), safe=""))
-        for name in params:
             if name not in self.names:
                 raise TypeError(f"the path {self.path!r} has no {name!r}")
-        return path
+            value = _checked(str, name, params[name])
+            if value in _NO_SEGMENTS:
+                raise ValueError(f"path parameter {name!r} may not be {value!r}")
+            encoded[name] = quote(value, safe="")
+        return _PARAMETER.sub(lambda found: encoded[found[1]], self.path)
 
     def own(self, params: Mapping[str, Any]) -> dict[str, str]:
         """Those of the parameters that this path has."""
@@ -534,17 +531,12 @@ class _PathTemplate:
 
         Its origin, a trailing slash and a query in which no parameter stands do not matter.
         """
-        try:
-            parts = urlsplit(url)
-        except ValueError:
-            return {}
-        template, _, query = self.path.partition("?")
-        target, value, rest = parts.path, "([^/]+)", "/*"
-        if "{" in query:
-            template, target = self.path, f"{parts.path}?{parts.query}"
-            value, rest = "([^/?&]+)", "(?:&.*)?"
-        plain = map(re.escape, _PARAMETER.split(template.strip("/"))[::2])
-        found = re.fullmatch("(?:.*/)?" + value.join(plain) + rest, target)
+        path, _, query = re.escape(self.path.strip("/")).partition(r"\?")
+        pattern = rf"(?:[^?#]*/)?{path}/*"
+        pattern += rf"\?(?:[^#]*&)?{query}(?:[&#].*)?" if "{" in query else r"(?:[?#].*)?"
+        value = "[^/?&#]+" if "{" in query else "[^/?#]+"
+        pattern = re.sub(r"\\{\w+\\}", f"({value})", pattern)
+        found = re.fullmatch(pattern, re.sub(r"^([\w+.-]+:)?//[^/?#]*", "", url))
         values = list(map(unquote, found.groups())) if found else []
         return {} if _NO_SEGMENTS.intersection(values) else dict(zip(self.names, values))
 
@@ -767,96 +759,46 @@ ONEPIN = Api(
 )
 
 
-# ---- A request, an attempt at it, and its answer
-
-
-_SHORTEST_SECRET = 8  # characters; a shorter key may be an ordinary word of any answer
+# ---- A request and its answer
 
 
 class _Request(NamedTuple):
-    """What is sent, worked out once for all of its attempts."""
+    """What is sent, worked out once for all attempts at it."""
 
+    call: str  # the Session's method: "start", "poll", "cancel" or "request"
     method: str
     path: str
     headers: dict[str, str]
     body: bytes | None
     timeout: float  # seconds for one attempt
-    read: Callable[[_Answer], Any]  # makes something of a good answer, or raises BadResponse
     repeatable: bool  # even where an earlier attempt may have arrived
-    answer_statuses: Sequence[int] = ()  # besides 2xx
-    run: dict[str, str] | None = None  # the params of the one that it concerns
-    starts: bool = False  # a run
+    params: dict[str, str]  # those of the status path that are known
+
+    @property
+    def run(self) -> dict[str, str] | None:
+        """The params of the run that it concerns; None where none is known."""
+        return self.params if "run_id" in self.params else None
 
     @property
     def label(self) -> str:
         """The request as texts call it; a query may be secret."""
         name = f"{self.method} {self.path.partition('?')[0]}"
-        if self.run:
-            return f"run {_excerpt(self.run['run_id'])} ({name})"
-        return f"start ({name})" if self.starts else name
-
-
-class _Attempt(NamedTuple):
-    """One attempt at a request."""
-
-    request: _Request
-    key: str
-    headers: dict[str, str]  # what carries the key
-    connect_seconds: float
-    seconds: float
-    may_have_begun: bool  # what is asked for, by an earlier attempt
-
-    def fault(
-        self,
-        kind: type[RunpollError],
-        what: str,  # and what to do
-        begun: bool,  # whether this attempt may have begun what is asked for
-        cause: BaseException | None = None,
-        **attributes: Any,
-    ) -> RunpollError:
-        """The error for what went wrong. Neither its text nor its cause shows the key.
-
-        A text says what was asked, what came, what to do, and of a start whether a run may have
-        begun: "run 42 (GET /runs/42): HTTP 404: no such run; check the id, ...".
-        """
-        text = f"{self.request.label}: {what}"
-        begun = begun or self.may_have_begun
-        if self.request.starts and begun:
-            text += "; a run may have begun: look before you start it again"
-        elif self.request.starts:
-            text += "; no run has begun"
-        attributes.update(params=self.request.run, sent=begun)
-        fault = kind(self.redacted(text), **attributes)
-        if cause:
-            shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
-            fault.__cause__ = cause if self.redacted(shown) == shown else None
-        return fault
-
-    def redacted(self, value: Any) -> Any:
-        """A text without the key, or a JSON value without it in its texts."""
-        if isinstance(value, str) and len(self.key) >= _SHORTEST_SECRET:
-            return value.replace(self.key, "[key]")
-        if isinstance(value, dict):
-            return {self.redacted(name): self.redacted(inner) for name, inner in value.items()}
-        return [self.redacted(inner) for inner in value] if isinstance(value, list) else value
+        if self.call == "start":
+            return f"start ({name})"
+        return f"run {_excerpt(self.params['run_id'])} ({name})" if self.run else name
 
 
 class _Answer(NamedTuple):
     status: int
     reason: str
     headers: Mapping[str, str]
-    body: bytes  # larger than max_body where it was not read to its end
-
-    @property
-    def text(self) -> str:
-        """The body; bytes that are not UTF-8 are replaced."""
-        return self.body.decode("utf-8-sig", "replace")
+    text: str
 
 
 class _Outcome(NamedTuple):
     """What came of an attempt, and when on the clock it was made."""
 
-    value: Any  # what `_Request.read` made of the answer, or the RunpollError
+    value: Any  # what was read in the answer, or the RunpollError
     began: float
     ended: float
 
@@ -990,47 +932,85 @@ class _Wire:
     def exchange(
         self, request: _Request, headers: dict[str, str], connect_seconds: float, seconds: float
     ) -> _Answer:
-        """Send a request and read its answer. Raises one of _NO_ANSWER where there is none.
+        """Send a request and read its answer.
 
         `headers` are those of this attempt alone; connecting and all together have their seconds.
+        Raises TransportError where no answer comes, BadResponse for one that is too large.
         """
-        response: Any = self._pool.urlopen(
-            request.method,
-            self._prefix + request.path,
-            body=request.body,
-            headers={**request.headers, **headers},
-            retries=_ONE_ATTEMPT,
-            redirect=False,
-            assert_same_host=False,
-            timeout=urllib3.Timeout(connect=connect_seconds, read=seconds),
-            pool_timeout=time.monotonic() + seconds,
-            preload_content=False,
-            enforce_content_length=True,
-        )
         try:
-            if response.status < 200:
-                raise http.client.BadStatusLine("an interim answer alone")
+            response = self._pool.urlopen(
+                request.method,
+                self._prefix + request.path,
+                body=request.body,
+                headers={**request.headers, **headers},
+                retries=_ONE_ATTEMPT,
+                redirect=False,
+                assert_same_host=False,
+                timeout=urllib3.Timeout(connect=connect_seconds, read=seconds),
+                pool_timeout=time.monotonic() + seconds,
+                preload_content=False,
+                enforce_content_length=True,
+            )
             content = self._content(response)
-        finally:
-            response.close()  # a rest of it must not be taken for the next answer
-        return _Answer(response.status, response.reason or "", response.headers, content)
+        except exceptions.ClosedPoolError:
+            raise RuntimeError("the session is closed") from None
+        except _NO_ANSWER as error:
+            raise _transport_error(error, connect_seconds, seconds) from error
+        text = content.decode("utf-8-sig", "replace")  # bytes that are not UTF-8 are replaced
+        answer = _Answer(response.status, response.reason or "", response.headers, text)
+        if len(content) > self._max_body:
+            problem = f"the answer is larger than max_body, {self._max_body} bytes; raise max_body"
+            raise _bad_response(answer, problem, transient=False)
+        return answer
 
     def _content(self, response: Any) -> bytes:
         """The whole body, unpacked, or more than `max_body` bytes of it."""
         packed = "Content-Encoding" in response.headers
         content = bytearray()
-        while len(content) <= self._max_body:
-            try:
+        try:
+            if response.status < 200:
+                raise http.client.BadStatusLine("an interim answer alone")
+            while len(content) <= self._max_body:
                 chunk = response.read(_PACKED_CHUNK if packed else _CHUNK, decode_content=packed)
-            except exceptions.DecodeError:
-                return b"(what could not be unpacked)"
-            content += chunk
-            if not chunk or (response.length_remaining == 0 and not packed):
-                break  # where the length is known, no last read of nothing
+                content += chunk
+                if not chunk or (response.length_remaining == 0 and not packed):
+                    break  # where the length is known, no last read of nothing
+        except exceptions.DecodeError:
+            return b"(what could not be unpacked)"
+        finally:
+            response.close()  # a rest of it must not be taken for the next answer
         return bytes(content)
 
     def close(self) -> None:
         self._pool.close()
+
+
+def _transport_error(
+    error: BaseException, connect_seconds: float, seconds: float
+) -> TransportError:
+    """The error for what urllib3 raised instead of an answer."""
+    fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
+    reason = _root_cause(fault)
+    sent = not isinstance(fault, exceptions.ConnectTimeoutError)
+    # A ValueError while connecting is a certificate's, unless the host name itself is bad.
+    bad_host = isinstance(reason, exceptions.LocationValueError)
+    untrusted = not sent and isinstance(reason, ValueError) and not bad_host
+    words = _excerpt(re.split(r": |\] ", str(reason))[-1])  # the system's own stand last
+    if untrusted:
+        what = f"the certificate is not trusted ({words}); check the base_url, or the ssl_context"
+    elif "timed out" not in f"{fault} {reason}":
+        what = f"no answer ({words}); try again later"
+    elif sent:
+        what = f"no answer within {_rounded(seconds)} s; try again later"
+    else:
+        what = f"no connection within {_rounded(connect_seconds)} s; try again later"
+    return TransportError(what, sent=sent, transient=not untrusted)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What the system said: urllib3 wraps it, as an argument or as the cause."""
+    inner = next((arg for arg in error.args if isinstance(arg, BaseException)), error.__cause__)
+    return _root_cause(inner) if inner else error
 
 
 def _proxy_for(base: Url, proxy: str | None) -> Url | None:
@@ -1051,10 +1031,12 @@ def _proxy_for(base: Url, proxy: str | None) -> Url | None:
 # ---- What goes wrong, and when it is tried again. Nothing here waits.
 
 
+_CLOCK_TOLERANCE = 1e-6  # seconds; two points on the clock that are closer are one
 _LAG = 10.0  # seconds in which replicas may not know a run just started, or a fresh key
 _FIRST_RETRY, _LONGEST_RETRY = 0.5, 10.0  # seconds; each wait is twice the one before
 _RETRY_JITTER = 0.9, 1.1  # each wait is multiplied by a factor between these
 _LONGEST_RETRY_AFTER = 120.0  # seconds; an iteration looks again then, whatever it was told
+_SHORTEST_SECRET = 8  # characters; a shorter key may be an ordinary word of any answer
 _BODY_SHOWN = 500  # characters of an answer that an error carries
 _TRANSIENT = {408, 425, 429, *range(500, 600)} - {501, 505}
 _RATE_LIMITS = {403, 429}  # a 403 only with Retry-After, as of some APIs
@@ -1066,67 +1048,35 @@ _ADVICE = {
 }
 
 
-def _transport_error(attempt: _Attempt, error: BaseException) -> RunpollError:
-    """The error for what urllib3 raised instead of an answer."""
-    fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
-    reason = _root_cause(fault)
-    sent = not isinstance(fault, exceptions.ConnectTimeoutError)
-    # A ValueError while connecting is a certificate's, unless the host name itself is bad.
-    bad_host = isinstance(reason, exceptions.LocationValueError)
-    untrusted = not sent and isinstance(reason, ValueError) and not bad_host
-    # The system's own words stand last.
-    words = _excerpt(attempt.redacted(re.split(r": |\] ", str(reason))[-1]))
-    if untrusted:
-        what = f"the certificate is not trusted ({words}); check the base_url, or the ssl_context"
-    elif "timed out" not in f"{fault} {reason}":
-        what = f"no answer ({words}); try again later"
-    elif sent:
-        what = f"no answer within {_rounded(attempt.seconds)} s; try again later"
-    else:
-        what = f"no connection within {_rounded(attempt.connect_seconds)} s; try again later"
-    return attempt.fault(TransportError, what, sent, error, transient=not untrusted)
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """What the system said: urllib3 wraps it, as an argument or as the cause."""
-    inner = next((arg for arg in error.args if isinstance(arg, BaseException)), error.__cause__)
-    return _root_cause(inner) if inner else error
-
-
-def _api_error(attempt: _Attempt, answer: _Answer) -> RunpollError:
+def _api_error(answer: _Answer) -> ApiError:
     """The error for an HTTP error or a redirect."""
-    status = answer.status
-    headers = attempt.redacted(_lower_case_names(answer.headers))
+    status, headers = answer.status, _lower_case_names(answer.headers)
     retry_after = _retry_after(headers)
     transient = status in _TRANSIENT or (status == 403 and retry_after is not None)
-    text = answer.text
-    shown = attempt.redacted(text)
-    said = _excerpt(shown)
+    said = _excerpt(answer.text)
     if not said or said[0] in "<{[":  # the first line of a gateway's page tells nothing
-        said = f"{attempt.redacted(answer.reason)} {said}".strip()
+        said = f"{answer.reason} {said}".strip()
     body, info = None, ErrorInfo(said or "no text")
     with suppress(BadResponse, RecursionError):
-        body = _parsed_json(text)
-        info = ErrorInfo(**attempt.redacted(vars(_error_info(body) or info)))
+        body = _parsed_json(answer.text)
+        info = _error_info(body) or info
     request_id = headers.get("x-request-id") or headers.get("request-id")
     request_id = request_id or _first_value(body, [["meta", "request_id"]], _text)
-    request_id = attempt.redacted(request_id)
 
     what = f"HTTP {status}: {_excerpt(info.message)}"
     if request_id:
         what += f" (request {_excerpt(request_id)})"
     if status < 400:
         what += f", to {_shown_url(headers.get('location', 'nowhere'))}"
-    return attempt.fault(
-        ApiError,
+    return ApiError(
         f"{what}; {_advice(status, transient, retry_after)}",
-        status not in _NOTHING_DONE,
         http_status=status,
         error=info,
-        body=shown[:_BODY_SHOWN],
+        body=answer.text,
         request_id=request_id,
         retry_after=retry_after,
         transient=transient,
+        sent=status not in _NOTHING_DONE,
     )
 
 
@@ -1139,17 +1089,49 @@ def _advice(status: int, transient: bool, retry_after: float | None) -> str:
     return f"{advice}, in {_rounded(retry_after)} s as it says" if retry_after else advice
 
 
-def _bad_response(attempt: _Attempt, answer: _Answer, problem: BadResponse) -> RunpollError:
+def _bad_response(answer: _Answer, problem: str, transient: bool = True) -> BadResponse:
     """The error for an answer that is not what was promised."""
-    return attempt.fault(
-        BadResponse,
-        f"HTTP {answer.status}, but {problem}",
-        True,
-        problem.__cause__,
-        http_status=answer.status,
-        body=attempt.redacted(answer.text)[:_BODY_SHOWN],
-        transient=problem.transient,
-    )
+    text = f"HTTP {answer.status}, but {problem}"
+    return BadResponse(text, http_status=answer.status, body=answer.text, transient=transient)
+
+
+def _completed(
+    fault: RunpollError, request: _Request, key: str, may_have_begun: bool
+) -> RunpollError:
+    """A fault as the caller sees it: it names the request, tells of all attempts, shows no key.
+
+    A text says what was asked, what came, what to do, and of a start whether a run may have begun:
+    "run 42 (GET /runs/42): HTTP 404: no such run; check the id, ...".
+    """
+    text, cause = f"{request.label}: {fault}", fault.__cause__
+    fault.sent = fault.sent or may_have_begun
+    if request.call == "start" and fault.sent:
+        text += "; a run may have begun: look before you start it again"
+    elif request.call == "start":
+        text += "; no run has begun"
+    if cause:
+        shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
+        cause = cause if _redacted(shown, key) == shown else None
+    fault.__cause__, fault.__context__ = cause, None
+    fault.args = (_redacted(text, key),)
+    vars(fault).update(_redacted(vars(fault), key))
+    if isinstance(fault, (ApiError, BadResponse)):
+        fault.body = fault.body[:_BODY_SHOWN]  # not before: half a key is not known as one
+    fault.params = fault.params or request.run
+    return fault
+
+
+def _redacted(value: Any, key: str) -> Any:
+    """A text without the key, or a value without it in its texts."""
+    if len(key) < _SHORTEST_SECRET:
+        return value
+    if isinstance(value, str):
+        return value.replace(key, "[key]")
+    if isinstance(value, list):
+        return [_redacted(inner, key) for inner in value]
+    if isinstance(value, dict):
+        return {_redacted(name, key): _redacted(inner, key) for name, inner in value.items()}
+    return ErrorInfo(**_redacted(vars(value), key)) if isinstance(value, ErrorInfo) else value
 
 
 def _rounded(seconds: float) -> str:
@@ -1161,10 +1143,18 @@ def _is_rate_limit(fault: RunpollError) -> bool:
     return isinstance(fault, ApiError) and fault.transient and fault.http_status in _RATE_LIMITS
 
 
-class _Retry:
-    """The one retry rule: says when to try again after a fault, or raises it.
+def _holds_back(fault: RunpollError) -> bool:
+    """Whether the server asks for fewer requests, of any run."""
+    if not isinstance(fault, ApiError):
+        return False
+    return _is_rate_limit(fault) or (fault.http_status == 503 and fault.retry_after is not None)
 
-    Each kind of fault has a clock of its own, from its first fault since the last good answer:
+
+class _Retry:
+    """The one retry rule: when to try again after a fault, and whether that is worth it.
+
+    Each kind of fault has seconds of its own, which its attempts and waits use up until a good
+    answer comes. What else delays an attempt, such as another run's rate limit, does not count.
 
         kind     faults                                              are sat out for
         final    what is not worth another try, or not safe          0 s
@@ -1177,43 +1167,44 @@ class _Retry:
     def __init__(
         self, repeatable: bool, max_outage: float, lag_statuses: set[int], iterating: bool
     ) -> None:
+        self.due = -math.inf  # the next attempt
         self.faults = 0
         self.may_have_begun = False  # what was asked for, by some attempt
         self._lag_statuses = lag_statuses
         self._repeatable, self._iterating = repeatable, iterating
         self._patience = {"final": 0.0, "lag": _LAG, "limited": math.inf, "outage": max_outage}
-        self._since: dict[str, float] = {}
-        self._due = 0.0  # when it may be tried again, but for what holds the session back
+        self._spent = dict.fromkeys(self._patience, 0.0)
+        self._kind = ""  # of the last fault
 
-    def failed(self, outcome: _Outcome) -> float:
-        """When to try again after a fault. Raises it where that is never."""
+    def next_attempt(self, now: float, held_until: float) -> float:
+        return max(self.due, held_until)
+
+    def failed(self, outcome: _Outcome) -> bool:
+        """Plan another attempt after a fault. False where none is worth it."""
         fault, began, ended = outcome
+        if self.faults:
+            self._spent[self._kind] += ended - began
+        self._kind = kind = self._kind_of(fault)
+        left = self._patience[kind] - self._spent[kind]
+        backoff = _FIRST_RETRY * 2.0 ** min(self.faults, 10) * random.uniform(*_RETRY_JITTER)
+        wait = min(backoff, _LONGEST_RETRY, max(left, 0.0))
+        retry_after = getattr(fault, "retry_after", None)
+        if retry_after:
+            wait = min(retry_after, _LONGEST_RETRY_AFTER) if self._iterating else retry_after
+        self._spent[kind] += wait
+        self.due = ended + wait
         self.faults += 1
         self.may_have_begun = fault.sent
-        kind = self._kind(fault)
-        if "outage" in self._since:
-            # A 503, then 60 s in which a rate limit holds the session back: those do not count.
-            self._since["outage"] += max(0.0, began - self._due)
-        end = self._since.setdefault(kind, ended) + self._patience[kind]
-        retry_after = getattr(fault, "retry_after", None) or 0.0
-        if self._iterating:
-            retry_after = min(retry_after, _LONGEST_RETRY_AFTER)
-        if ended >= end or (ended + retry_after > end and not self._iterating):
-            raise fault
-        doubled = _FIRST_RETRY * 2.0 ** min(self.faults - 1, 10)
-        backoff = min(doubled * random.uniform(*_RETRY_JITTER), _LONGEST_RETRY)
-        due = ended + retry_after if retry_after else min(ended + backoff, end)
-        self._due = ended if kind == "limited" else due
-        return due
+        return left > _CLOCK_TOLERANCE and (wait <= left or self._iterating)
 
     def succeeded(self) -> None:
         """A good answer came: what fails from now on is another trouble."""
         self.faults = 0
         self.may_have_begun = False
+        self._spent = dict.fromkeys(self._patience, 0.0)
         self._lag_statuses.discard(404)  # the run is known
-        self._since.clear()
 
-    def _kind(self, fault: RunpollError) -> str:
+    def _kind_of(self, fault: RunpollError) -> str:
         if getattr(fault, "http_status", None) in self._lag_statuses:
             return "lag"
         if _is_rate_limit(fault):
@@ -1227,7 +1218,6 @@ class _Retry:
 
 _IDEMPOTENT = {"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}  # RFC 9110 section 9.2.2
 _LONGEST_SLEEP = 86_400.0  # seconds, at a time; the system refuses what is beyond its clock
-_CLOCK_TOLERANCE = 1e-6  # seconds; two points on the clock that are closer are one
 
 
 class Session:
@@ -1298,7 +1288,6 @@ class Session:
         self._max_body = _at_least(0, "max_body", max_body)
         self._wire = _Wire(base, via, ssl_context, self._max_body)
         self._sleep, self._clock = sleep, clock
-        self._closed = False
         self._lock = threading.Lock()  # of what follows
         self._held_until = -math.inf  # until when no request begins, as the server asked
         self._unknown_words: set[str] = set()  # those that were warned of
@@ -1314,7 +1303,6 @@ class Session:
 
     def close(self) -> None:
         """Close every connection. Calls raise RuntimeError from then on."""
-        self._closed = True
         self._wire.close()
 
     def start(
@@ -1341,17 +1329,9 @@ class Session:
 
         Raises RunpollError, whose text says whether a run may have begun.
         """
-        known = self._template("status").own(params)
+        template, known = self._template("start"), self._template("status").own(params)
         request = self._request(
-            self._template("start"),
-            params,
-            body,
-            headers,
-            request_timeout,
-            read=partial(self._read_state, known),
-            answer_statuses=self._api.answer_statuses,
-            starts=True,
-            repeatable=repeatable,
+            "start", template, params, known, body, headers, request_timeout, repeatable
         )
         return self._call(request)  # type: ignore[no-any-return]
 
@@ -1367,16 +1347,9 @@ class Session:
         """
         if isinstance(run, RunState) and run.done:
             return run.phase is Phase.CANCELLED
-        template = self._template("cancel")
         status = self._status_request(run)
-        cancel = self._request(
-            template,
-            template.own(status.run or {}),
-            body,
-            read=lambda _: None,  # the status request says what came of it
-            run=status.run,
-            repeatable=True,
-        )
+        template = self._template("cancel")
+        cancel = self._request("cancel", template, template.own(status.params), status.params, body)
         # Some APIs delete or fail a run that has ended when it is cancelled: look first.
         ended = self._ended(status, gone=(404,))
         if not ended:
@@ -1409,14 +1382,9 @@ class Session:
         arguments are as for `start`; `request_timeout` None is the session's.
         """
         template = _PathTemplate(f"{method} {path}", method)
+        repeatable = template.method in _IDEMPOTENT
         request = self._request(
-            template,
-            params or {},
-            body,
-            headers,
-            request_timeout,
-            read=lambda answer: _parsed_json(answer.text),
-            repeatable=template.method in _IDEMPOTENT,
+            "request", template, params or {}, {}, body, headers, request_timeout, repeatable
         )
         return self._call(request)
 
@@ -1429,26 +1397,20 @@ class Session:
         return template
 
     def _status_request(self, run: _Run) -> _Request:
-        handle = self._api._status_params(run)
-        return self._request(
-            self._template("status"),
-            handle,
-            read=partial(self._read_state, handle),
-            answer_statuses=self._api.answer_statuses,
-            run=handle,
-            repeatable=True,
-        )
+        params = self._api._status_params(run)
+        return self._request("poll", self._template("status"), params, params)
 
     def _request(
         self,
+        call: str,
         template: _PathTemplate,
-        params: Mapping[str, Any],
+        params: Mapping[str, Any],  # of the path
+        known: dict[str, str],  # of the run
         body: Any = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
-        **options: Any,
+        repeatable: bool = True,
     ) -> _Request:
-        """A request with the session's headers; `options` are further fields of _Request."""
         path = template.fill(params)
         all_headers = {**self._headers, **_checked_headers(headers)}
         content = None
@@ -1457,20 +1419,74 @@ class Session:
             all_headers.setdefault("Content-Type", "application/json")
         seconds = self._timeout if timeout is None else timeout
         _at_least(_SHORTEST_TIMEOUT, "request_timeout", seconds)
-        return _Request(template.method, path, all_headers, content, seconds, **options)
+        return _Request(
+            call, template.method, path, all_headers, content, seconds, repeatable, known
+        )
 
-    def _read_state(self, params: dict[str, str], answer: _Answer) -> RunState:
-        """The state in an answer to a start or a poll."""
-        body = _parsed_json(answer.text)
+    def _authorization(self) -> tuple[str, dict[str, str]]:
+        """The key as it is now, and the header that carries it; of no key "" and none."""
+        key = self._api_key() if callable(self._api_key) else self._api_key
+        key = "" if key is None else _checked(str, "api_key", key).strip()
+        header = {self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()}
+        return key, _checked_headers(header if key else None)
+
+    def _call(self, request: _Request) -> Any:
+        """What comes of a request in the end. Raises the fault that does not pass."""
+        retry = self._new_retry(request)
+        self._wait(retry.next_attempt)  # the first attempt is made, whatever `sleep` says
+        while True:
+            outcome = self._attempt(request, retry.may_have_begun)
+            if not isinstance(outcome.value, RunpollError):
+                return outcome.value
+            self._sit_out(retry, outcome)
+            if not self._wait(retry.next_attempt):
+                raise outcome.value
+
+    def _attempt(
+        self, request: _Request, may_have_begun: bool, deadline: float = math.inf
+    ) -> _Outcome:
+        """Make one attempt, which does not pass the deadline; its fault is for others to judge."""
+        began = self._clock()
+        key, header = self._fixed_authorization or self._authorization()
+        seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         try:
-            state = self._api.read_state(body, dict(params), answer.headers, answer.status)
+            value = self._result_of(request, header, seconds)
+        except RunpollError as fault:
+            value = _completed(fault, request, key, may_have_begun)
+        return _Outcome(value, began, self._clock())
+
+    def _result_of(self, request: _Request, header: dict[str, str], seconds: float) -> Any:
+        """What one attempt brings: a state, or JSON, or None of a cancel."""
+        if seconds <= 0:
+            what = "not sent, as the key took all the time that was left; try again later"
+            raise TransportError(what, sent=False)
+        connect_seconds = min(self._timeout, seconds) / 2
+        answer = self._wire.exchange(request, header, connect_seconds, seconds)
+        good = 200 <= answer.status < 300
+        of_a_run = request.call in ("start", "poll")
+        if not good and not (of_a_run and answer.status in self._api.answer_statuses):
+            raise _api_error(answer)
+        if request.call == "cancel":
+            return None  # a status request says what came of it
+        try:
+            body = _parsed_json(answer.text)
+            return self._read_state(request, body, answer) if of_a_run else body
+        except BadResponse as problem:
+            if not good:
+                raise _api_error(answer) from None
+            fault = _bad_response(answer, str(problem), problem.transient)
+            raise fault from problem.__cause__
+
+    def _read_state(self, request: _Request, body: Any, answer: _Answer) -> RunState:
+        try:
+            state = self._api.read_state(body, dict(request.params), answer.headers, answer.status)
             _checked(RunState, "what read_state returns", state)
         except (*_CALLERS_ERRORS, RecursionError) as error:
             # Not its message, which may quote what a run returns.
             text = f"{type(error).__name__} in read_state; check how the Api reads such an answer"
             raise BadResponse(text) from error
         if not state.params:  # an override may leave them to us
-            state = replace(state, params={"run_id": state.id, **params})
+            state = replace(state, params={"run_id": state.id, **request.params})
         _log.debug("run %r: %r", state.id, state.status)
         if state.phase is Phase.UNKNOWN:
             word = _normalized(state.status)
@@ -1481,77 +1497,6 @@ class Session:
                 text = "run %r: unknown status %r, taken as not ended; Api.phases may list it"
                 _log.warning(text, state.id, _excerpt(state.status))
         return state
-
-    def _authorization(self) -> tuple[str, dict[str, str]]:
-        """The key as it is now, and the header that carries it; of no key "" and none."""
-        key = self._api_key() if callable(self._api_key) else self._api_key
-        key = "" if key is None else _checked(str, "api_key", key).strip()
-        header = {self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()}
-        return key, _checked_headers(header if key else None)
-
-    def _attempt(
-        self, request: _Request, may_have_begun: bool, deadline: float = math.inf
-    ) -> _Outcome:
-        """Make one attempt, which does not pass the deadline; its fault is for others to judge."""
-        if self._closed:
-            raise RuntimeError("the session is closed")
-        began = self._clock()
-        key, headers = self._fixed_authorization or self._authorization()
-        seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
-        connect_seconds = min(self._timeout, seconds) / 2
-        attempt = _Attempt(request, key, headers, connect_seconds, seconds, may_have_begun)
-        value, ended = self._result_of(attempt), self._clock()
-        if isinstance(value, ApiError) and (value.http_status == 503 or _is_rate_limit(value)):
-            self._hold_back(value.retry_after or 0.0)
-        return _Outcome(value, began, ended)
-
-    def _hold_back(self, seconds: float) -> None:
-        """Let no request of this session begin for so many seconds."""
-        until = self._clock() + min(seconds, _LONGEST_RETRY_AFTER)
-        with self._lock:
-            self._held_until = max(self._held_until, until)
-
-    def _result_of(self, attempt: _Attempt) -> Any:
-        """What `_Request.read` makes of the answer to an attempt, or the RunpollError."""
-        request = attempt.request
-        if attempt.seconds <= 0:
-            what = "not sent, as the key took all the time that was left; try again later"
-            return attempt.fault(TransportError, what, False)
-        try:
-            answer = self._wire.exchange(
-                request, attempt.headers, attempt.connect_seconds, attempt.seconds
-            )
-        except _NO_ANSWER as error:
-            return _transport_error(attempt, error)
-        if len(answer.body) > self._max_body:
-            what = f"the answer is larger than max_body, {self._max_body} bytes; raise max_body"
-            return _bad_response(attempt, answer, BadResponse(what, transient=False))
-        good = 200 <= answer.status < 300
-        if good or answer.status in request.answer_statuses:
-            try:
-                return request.read(answer)
-            except BadResponse as problem:
-                if good:
-                    return _bad_response(attempt, answer, problem)
-            except RunpollError as error:  # of a read_state that knows more
-                error.params = error.params or request.run
-                return error
-        return _api_error(attempt, answer)
-
-    def _call(self, request: _Request) -> Any:
-        """What comes of a request in the end. Raises the fault that does not pass."""
-        retry = self._new_retry(request)
-        due, fault = -math.inf, None
-        while True:
-            # At max(due, now, held_until); the first attempt is made whatever `sleep` says.
-            if not self._wait(partial(max, due)) and fault:
-                raise fault
-            outcome = self._attempt(request, retry.may_have_begun)
-            if not isinstance(outcome.value, RunpollError):
-                return outcome.value
-            fault = outcome.value
-            due = retry.failed(outcome)
-            self._note_retry(fault, due)
 
     def _ended(self, status: _Request, gone: tuple[int, ...]) -> RunState | None:
         """The last state of a run; None while it is active, and where the API knows it no more."""
@@ -1571,12 +1516,17 @@ class Session:
             lag_statuses.add(401)
         return _Retry(request.repeatable, self._max_outage, lag_statuses, iterating)
 
-    def _note_retry(self, fault: RunpollError, due: float) -> None:
-        """Log a fault that is sat out until `due`; a rate limit is one for the whole session."""
-        seconds = max(0.0, due - self._clock())
-        _log.warning("%s; trying again in %.1f s", fault, seconds)
-        if _is_rate_limit(fault):
-            self._hold_back(seconds)
+    def _sit_out(self, retry: _Retry, outcome: _Outcome) -> None:
+        """Have a fault tried again at `retry.due`. Raises it where that is not worth it."""
+        fault = outcome.value
+        worth_it = retry.failed(outcome)
+        if _holds_back(fault):
+            until = min(retry.due, outcome.ended + _LONGEST_RETRY_AFTER)
+            with self._lock:
+                self._held_until = max(self._held_until, until)
+        if not worth_it:
+            raise fault
+        _log.warning("%s; trying again in %.1f s", fault, retry.due - outcome.ended)
 
     def _wait(
         self, next_attempt: Callable[[float, float], float], ask_always: bool = False
@@ -1683,7 +1633,7 @@ class _Watch:
             return due
         if not _reached(self.last_poll, now):
             return self.last_poll  # held back beyond the deadline; no timeout is raised before
-        raise self.timeout_error() from self.fault
+        raise self.timeout_error()
 
     def succeeded(self, outcome: _Outcome) -> RunState:
         """Take in a good answer, and return it as the caller sees it."""
@@ -1702,11 +1652,10 @@ class _Watch:
         return state
 
     def failed(self, outcome: _Outcome) -> None:
-        """Plan another try after a fault. Raises it, or PollTimeout, where there is none."""
+        """Take in a fault. Raises PollTimeout where it came of the deadline."""
         self.fault = outcome.value
-        if outcome.value.transient and _reached(self.deadline, outcome.ended):
-            raise self.timeout_error() from outcome.value
-        self._set_due(self.retry.failed(outcome), outcome.ended)
+        if self.fault.transient and _reached(self.deadline, outcome.ended):
+            raise self.timeout_error()
 
     def schedule(self, state: RunState, now: float) -> None:
         """Set when the poll after a state is due, counted from its answer."""
@@ -1714,9 +1663,10 @@ class _Watch:
         if not seconds:
             seconds = self.interval(state) if callable(self.interval) else self.interval
             _at_least(0, "interval", seconds)
-        self._set_due(self.began + state.elapsed + seconds, now)
+        self.plan(self.began + state.elapsed + seconds, now)
 
-    def _set_due(self, due: float, now: float) -> None:
+    def plan(self, due: float, now: float) -> None:
+        """Set when the next attempt is due; a last one is made before the deadline."""
         last = self.deadline if _reached(self.last_poll, now) else self.last_poll
         self.due = min(due, last)
 
@@ -1736,7 +1686,9 @@ class _Watch:
             f"{self.request.label}: not ended{within}{why} ({seen}); the run goes on, and "
             "iter_status(session, error.params) follows it again"
         )
-        return PollTimeout(text, params=self.request.run, state=self.state)
+        error = PollTimeout(text, params=self.request.run, state=self.state)
+        error.__cause__ = self.fault
+        return error
 
 
 def iter_status(
@@ -1779,7 +1731,7 @@ def wait(
     for state in _follow(session, watch):
         if state.done:
             return state
-    raise watch.timeout_error(", as sleep() ended the wait") from watch.fault
+    raise watch.timeout_error(", as sleep() ended the wait")
 
 
 def iter_batch(
@@ -1844,11 +1796,12 @@ def _poll_once(session: Session, watch: _Watch) -> _Outcome:
 
 def _record(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | None:
     """The state that came of an attempt; None for a fault that is sat out."""
-    if isinstance(outcome.value, RunpollError):
-        watch.failed(outcome)
-        session._note_retry(outcome.value, watch.due)
-        return None
-    return watch.succeeded(outcome)
+    if not isinstance(outcome.value, RunpollError):
+        return watch.succeeded(outcome)
+    watch.failed(outcome)
+    session._sit_out(watch.retry, outcome)
+    watch.plan(watch.retry.due, outcome.ended)
+    return None
 
 
 class _Batch:

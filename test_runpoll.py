@@ -2102,6 +2102,18 @@ def test_a_key_that_is_escaped_in_json_is_shown_by_no_error_info(lab):
     assert caught.value.error.message == "bad key [key]"
 
 
+@table("depth", 100, 300, 450, 600, 900)
+def test_details_that_are_nested_deep_hide_neither_the_error_nor_the_key_in_them(lab, depth):
+    details = "[" * depth + f'"{KEY}"' + "]" * depth
+    body = f'{{"message": "no such run", "details": {details}}}'.encode()
+    with pytest.raises(ApiError, match="HTTP 404") as caught:
+        lab.open(answer(body, 404)).poll("r1")
+    value = caught.value.error.details
+    while isinstance(value, list):
+        [value] = value
+    assert value in ("[key]", None) and KEY not in str(caught.value) + caught.value.error.message
+
+
 def test_a_key_of_seven_characters_may_be_an_ordinary_word(lab):
     with pytest.raises(ApiError, match="running out"):
         lab.open(answer({"error": "running out"}, 400), key="running").poll("r1")
@@ -2754,7 +2766,7 @@ def test_an_error_that_read_state_raises_itself_stops_no_other_run(lab):
     api = Own(ORDINARY.base_url, ORDINARY.status)
     session = fleet(lab, {"a": ["done"], "b": ["running", "done"]}, api=api)
     errors = errors_of(iter_batch(session, ["a", "b"], timeout=60))
-    assert [str(error) for error in errors] == ["of another tenant"]
+    assert [str(error) for error in errors] == ["run a (GET /jobs/a): of another tenant"]
     assert errors[0].params == {"run_id": "a"}
     assert lab.asked.count("GET /jobs/b") == 2
 
