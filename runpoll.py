@@ -70,9 +70,10 @@ _log = logging.getLogger("runpoll")
 #     Session._wait                     sleeps until _Watch.next_attempt, which raises PollTimeout
 #     Session._attempt -> _Outcome      one request: a state, or an error that is not raised yet
 #       _Wire.exchange -> _Answer       urllib3
-#       _Request.read                   that is Session._read_state, Api.read_state
+#       Session._read_state             Api.read_state
 #     _Watch.succeeded -> RunState      to be yielded
-#     _Watch.failed, _Retry.failed      when to try again; or they raise
+#     _Watch.failed                     raises PollTimeout at the deadline
+#     Session._sit_out, _Retry.failed   when to try again; or the fault is raised
 #     _Watch.schedule                   when the next poll is due
 
 
@@ -248,8 +249,12 @@ def _excerpt(text: str) -> str:
     return (line[:200].rpartition(" ")[0] or line[:200]) + "..."
 
 
-# ---- Reading JSON: what has the wrong type is None, as if it were absent
+def _rounded(seconds: float) -> str:
+    """Seconds for a text: 0.25, 1800."""
+    return f"{round(seconds, 2):.12g}"
 
+
+# ---- Reading JSON: what has the wrong type is None, as if it were absent
 
 _Reader = Callable[[Any], Any]  # a value as it is read; None for one of the wrong type
 _Place = Union[list[str], Callable[[Any], Any]]  # the keys of a path, or what finds a value
@@ -435,7 +440,6 @@ def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
 
 # ---- How an API speaks
 
-
 _USUAL_WORDS = {
     Phase.PENDING: """pending queued in_queue created scheduled submitted accepted enqueued
         not_started starting initializing validating preparing provisioning""",
@@ -516,10 +520,12 @@ class _PathTemplate:
                 raise TypeError(f"the path {self.path!r} lacks the parameter {name!r}")
             if name not in self.names:
                 raise TypeError(f"the path {self.path!r} has no {name!r}")
-            value = _checked(str, name, params[name])
+            value = params[name]
+            if type(value) is not int:
+                _checked(str, name, value)
             if value in _NO_SEGMENTS:
                 raise ValueError(f"path parameter {name!r} may not be {value!r}")
-            encoded[name] = quote(value, safe="")
+            encoded[name] = quote(str(value), safe="")
         return _PARAMETER.sub(lambda found: encoded[found[1]], self.path)
 
     def own(self, params: Mapping[str, Any]) -> dict[str, str]:
@@ -579,7 +585,7 @@ class Api:
         for name in ("base_url", "status", "start", "cancel", "root", "auth_header", "auth_scheme"):
             _checked(str, name, getattr(self, name))
         _parsed_base_url(self.base_url)
-        names = self._templates["status"].names
+        names = self._templates["poll"].names
         if "run_id" not in names:
             raise ValueError(f"the status template has to name {{run_id}}: {self.status!r}")
         if self.cancel and set(self._templates["cancel"].names) - set(names):
@@ -588,7 +594,7 @@ class Api:
 
     @cached_property
     def _templates(self) -> dict[str, _PathTemplate]:
-        templates = {"status": _PathTemplate(self.status, "GET")}
+        templates = {"poll": _PathTemplate(self.status, "GET")}
         if self.start:
             templates["start"] = _PathTemplate(self.start, "POST")
         if self.cancel:
@@ -603,13 +609,12 @@ class Api:
     @cached_property
     def _readers(self) -> dict[str, tuple[_Reader, list[_Place]]]:
         """RunState field -> what reads it, and where it stands."""
-        own = {}
+        readers = dict(_USUAL_FIELDS)
         for name, given in {**self.fields}.items():
-            if name not in _USUAL_FIELDS:
-                raise ValueError(f"fields names {name!r}; it may name {', '.join(_USUAL_FIELDS)}")
-            read, _ = _USUAL_FIELDS[name]
-            own[name] = read, _places(given)
-        return {**_USUAL_FIELDS, **own}
+            if name not in readers:
+                raise ValueError(f"fields names {name!r}; it may name {', '.join(readers)}")
+            readers[name] = readers[name][0], _places(given)
+        return readers
 
     def read_state(
         self,
@@ -639,7 +644,7 @@ class Api:
         found = {
             name: _first_value(run, places, read) for name, (read, places) in self._readers.items()
         }
-        template = self._templates["status"]
+        template = self._templates["poll"]
         known = template.own(params or {})
         is_poll = "run_id" in known
         if not is_poll and found["id"]:
@@ -665,17 +670,16 @@ class Api:
         _derive_fields(found)
         return RunState(**found, params=known, raw=body, retry_after=_retry_after(lowered))
 
-    def _status_params(self, run: _Run) -> dict[str, str]:
+    def _status_params(self, run: _Run) -> Mapping[str, Any]:
         """The status parameters of a run: of an id, a status URL, a mapping or a RunState."""
         params: Any = run.params if isinstance(run, RunState) else run
         if isinstance(run, str):
-            params = self._templates["status"].match(run) if "://" in run else {"run_id": run}
+            params = self._templates["poll"].match(run) if "://" in run else {"run_id": run}
             if not params:
                 raise ValueError(f"the status URL does not end as {self.status!r}")
         if not isinstance(params, Mapping):
             raise TypeError(f"a run is a str, a mapping or a RunState, not {type(run).__name__}")
-        self._templates["status"].fill(params)
-        return {name: str(value) for name, value in params.items()}
+        return params
 
 
 def _parsed_base_url(url: str) -> Url:
@@ -793,6 +797,12 @@ class _Answer(NamedTuple):
     reason: str
     headers: Mapping[str, str]
     text: str
+
+
+def _bad_response(answer: _Answer, problem: str, transient: bool = True) -> BadResponse:
+    """The error for an answer that is not what was promised."""
+    text = f"HTTP {answer.status}, but {problem}"
+    return BadResponse(text, http_status=answer.status, body=answer.text, transient=transient)
 
 
 class _Outcome(NamedTuple):
@@ -970,11 +980,11 @@ class _Wire:
         try:
             if response.status < 200:
                 raise http.client.BadStatusLine("an interim answer alone")
-            while len(content) <= self._max_body:
-                chunk = response.read(_PACKED_CHUNK if packed else _CHUNK, decode_content=packed)
+            chunk_size = _PACKED_CHUNK if packed else _CHUNK
+            for chunk in response.stream(chunk_size, decode_content=packed):
                 content += chunk
-                if not chunk or (response.length_remaining == 0 and not packed):
-                    break  # where the length is known, no last read of nothing
+                if len(content) > self._max_body:
+                    break
         except exceptions.DecodeError:
             return b"(what could not be unpacked)"
         finally:
@@ -1029,7 +1039,6 @@ def _proxy_for(base: Url, proxy: str | None) -> Url | None:
 
 
 # ---- What goes wrong, and when it is tried again. Nothing here waits.
-
 
 _CLOCK_TOLERANCE = 1e-6  # seconds; two points on the clock that are closer are one
 _LAG = 10.0  # seconds in which replicas may not know a run just started, or a fresh key
@@ -1089,12 +1098,6 @@ def _advice(status: int, transient: bool, retry_after: float | None) -> str:
     return f"{advice}, in {_rounded(retry_after)} s as it says" if retry_after else advice
 
 
-def _bad_response(answer: _Answer, problem: str, transient: bool = True) -> BadResponse:
-    """The error for an answer that is not what was promised."""
-    text = f"HTTP {answer.status}, but {problem}"
-    return BadResponse(text, http_status=answer.status, body=answer.text, transient=transient)
-
-
 def _completed(
     fault: RunpollError, request: _Request, key: str, may_have_begun: bool
 ) -> RunpollError:
@@ -1131,12 +1134,12 @@ def _redacted(value: Any, key: str) -> Any:
         return [_redacted(inner, key) for inner in value]
     if isinstance(value, dict):
         return {_redacted(name, key): _redacted(inner, key) for name, inner in value.items()}
-    return ErrorInfo(**_redacted(vars(value), key)) if isinstance(value, ErrorInfo) else value
-
-
-def _rounded(seconds: float) -> str:
-    """Seconds for a text: 0.25, 1800."""
-    return f"{round(seconds, 2):.12g}"
+    if isinstance(value, ErrorInfo):
+        try:
+            return ErrorInfo(**_redacted(vars(value), key))
+        except RecursionError:  # in its details
+            return ErrorInfo(_redacted(value.message, key))
+    return value
 
 
 def _is_rate_limit(fault: RunpollError) -> bool:
@@ -1215,7 +1218,6 @@ class _Retry:
 
 # ---- The session: makes attempts. It does not know when a run is polled.
 
-
 _IDEMPOTENT = {"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"}  # RFC 9110 section 9.2.2
 _LONGEST_SLEEP = 86_400.0  # seconds, at a time; the system refuses what is beyond its clock
 
@@ -1276,7 +1278,8 @@ class Session:
         self._api_key = api_key
         self._base_url = base.url
         # What cannot be sent is refused here.
-        self._fixed_authorization = None if callable(api_key) else self._authorization()
+        if not callable(api_key):
+            self._authorization()
         self._headers = {
             "Accept": "application/json",
             "Accept-Encoding": "gzip",
@@ -1285,8 +1288,7 @@ class Session:
         }
         self._timeout = _at_least(_SHORTEST_TIMEOUT, "request_timeout", request_timeout)
         self._max_outage = _at_least(0, "max_outage", max_outage)
-        self._max_body = _at_least(0, "max_body", max_body)
-        self._wire = _Wire(base, via, ssl_context, self._max_body)
+        self._wire = _Wire(base, via, ssl_context, _at_least(0, "max_body", max_body))
         self._sleep, self._clock = sleep, clock
         self._lock = threading.Lock()  # of what follows
         self._held_until = -math.inf  # until when no request begins, as the server asked
@@ -1329,15 +1331,12 @@ class Session:
 
         Raises RunpollError, whose text says whether a run may have begun.
         """
-        template, known = self._template("start"), self._template("status").own(params)
-        request = self._request(
-            "start", template, params, known, body, headers, request_timeout, repeatable
-        )
-        return self._call(request)  # type: ignore[no-any-return]
+        options = headers, request_timeout, repeatable
+        return self._call(self._request("start", params, body, *options))  # type: ignore[no-any-return]
 
     def poll(self, run: _Run) -> RunState:
         """The state of a run (its id, status URL, path parameters or RunState), by one request."""
-        return self._call(self._status_request(run))  # type: ignore[no-any-return]
+        return self._call(self._request("poll", self._api._status_params(run)))  # type: ignore[no-any-return]
 
     def cancel(self, run: _Run, body: Any = None) -> bool:
         """Cancel a run, as `concurrent.futures.Future.cancel`.
@@ -1347,23 +1346,24 @@ class Session:
         """
         if isinstance(run, RunState) and run.done:
             return run.phase is Phase.CANCELLED
-        status = self._status_request(run)
-        template = self._template("cancel")
-        cancel = self._request("cancel", template, template.own(status.params), status.params, body)
+        status = self._request("poll", self._api._status_params(run))
+        cancel = self._request("cancel", status.params, body)
         # Some APIs delete or fail a run that has ended when it is cancelled: look first.
-        ended = self._ended(status, gone=(404,))
-        if not ended:
-            refusal = None
+        state = self._call(status, absent=(404,))
+        refusal = None
+        if not (state and state.done):
             try:
                 self._call(cancel)
             except (ApiError, BadResponse) as error:
                 if error.transient or error.http_status == 401:  # that says nothing of the run
                     raise
                 refusal = error
-            ended = self._ended(status, gone=(404, 410))
-            if refusal and not ended:
-                raise refusal
-        return not ended or ended.phase is Phase.CANCELLED
+            state = self._call(status, absent=(404, 410))
+        if state and state.done:
+            return state.phase is Phase.CANCELLED
+        if refusal:
+            raise refusal
+        return True
 
     def request(
         self,
@@ -1381,37 +1381,27 @@ class Session:
         a start is. `path` is a template under the base_url, filled from `params`. The other
         arguments are as for `start`; `request_timeout` None is the session's.
         """
-        template = _PathTemplate(f"{method} {path}", method)
-        repeatable = template.method in _IDEMPOTENT
-        request = self._request(
-            "request", template, params or {}, {}, body, headers, request_timeout, repeatable
-        )
-        return self._call(request)
+        other = _PathTemplate(f"{method} {path}", method)
+        options = headers, request_timeout, other.method in _IDEMPOTENT, other
+        return self._call(self._request("request", params or {}, body, *options))
 
     # What the calls are made of: requests, attempts, waits.
-
-    def _template(self, name: str) -> _PathTemplate:
-        template = self._api._templates.get(name)
-        if template is None:
-            raise ValueError(f"this Api has no {name} template")
-        return template
-
-    def _status_request(self, run: _Run) -> _Request:
-        params = self._api._status_params(run)
-        return self._request("poll", self._template("status"), params, params)
 
     def _request(
         self,
         call: str,
-        template: _PathTemplate,
-        params: Mapping[str, Any],  # of the path
-        known: dict[str, str],  # of the run
+        params: Mapping[str, Any],
         body: Any = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
         repeatable: bool = True,
+        other: _PathTemplate | None = None,  # than the Api's
     ) -> _Request:
-        path = template.fill(params)
+        template = other or self._api._templates.get(call)
+        if not template:
+            raise ValueError(f"this Api has no {call} template")
+        known = {} if other else self._api._templates["poll"].own(params)
+        path = template.fill(template.own(params) if call == "cancel" else params)
         all_headers = {**self._headers, **_checked_headers(headers)}
         content = None
         if body is not None:
@@ -1430,14 +1420,19 @@ class Session:
         header = {self._api.auth_header: f"{self._api.auth_scheme} {key}".strip()}
         return key, _checked_headers(header if key else None)
 
-    def _call(self, request: _Request) -> Any:
-        """What comes of a request in the end. Raises the fault that does not pass."""
+    def _call(self, request: _Request, absent: Sequence[int] = ()) -> Any:
+        """What comes of a request in the end; None of an HTTP status that means `absent`.
+
+        Raises the fault that does not pass.
+        """
         retry = self._new_retry(request)
         self._wait(retry.next_attempt)  # the first attempt is made, whatever `sleep` says
         while True:
             outcome = self._attempt(request, retry.may_have_begun)
             if not isinstance(outcome.value, RunpollError):
                 return outcome.value
+            if getattr(outcome.value, "http_status", None) in absent:
+                return None
             self._sit_out(retry, outcome)
             if not self._wait(retry.next_attempt):
                 raise outcome.value
@@ -1447,7 +1442,7 @@ class Session:
     ) -> _Outcome:
         """Make one attempt, which does not pass the deadline; its fault is for others to judge."""
         began = self._clock()
-        key, header = self._fixed_authorization or self._authorization()
+        key, header = self._authorization()
         seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         try:
             value = self._result_of(request, header, seconds)
@@ -1498,16 +1493,6 @@ class Session:
                 _log.warning(text, state.id, _excerpt(state.status))
         return state
 
-    def _ended(self, status: _Request, gone: tuple[int, ...]) -> RunState | None:
-        """The last state of a run; None while it is active, and where the API knows it no more."""
-        try:
-            state: RunState = self._call(status)
-        except ApiError as error:
-            if error.http_status not in gone:
-                raise
-            return None
-        return state if state.done else None
-
     def _new_retry(
         self, request: _Request, iterating: bool = False, just_started: bool = False
     ) -> _Retry:
@@ -1528,24 +1513,23 @@ class Session:
             raise fault
         _log.warning("%s; trying again in %.1f s", fault, retry.due - outcome.ended)
 
-    def _wait(
-        self, next_attempt: Callable[[float, float], float], ask_always: bool = False
-    ) -> bool:
+    def _wait(self, next_attempt: Callable[[float, float], float]) -> bool:
         """Sleep until an attempt is due. False when `sleep` ends all.
 
         `next_attempt` says when, given the clock and until when the session is held back. It is
-        asked again after each sleep, which may return early. With `ask_always`, `sleep` is asked
-        even where there is nothing to wait for.
+        asked again after each sleep, which may return early.
         """
-        has_to_ask = ask_always and self._sleep is not time.sleep
         while True:
             now = self._clock()
             seconds = next_attempt(now, self._held_until) - now
-            if seconds <= _CLOCK_TOLERANCE and not has_to_ask:
+            if seconds <= _CLOCK_TOLERANCE:
                 return True
-            if self._sleep(min(max(seconds, 0.0), _LONGEST_SLEEP)) is True:
+            if self._sleep(min(seconds, _LONGEST_SLEEP)) is True:
                 return False
-            has_to_ask = False
+
+    def _stopped(self) -> bool:
+        """Whether `sleep` ends also what has nothing to wait for."""
+        return self._sleep is not time.sleep and self._sleep(0.0) is True
 
 
 def _reached(point: float, now: float) -> bool:
@@ -1553,7 +1537,6 @@ def _reached(point: float, now: float) -> bool:
 
 
 # ---- Following runs: knows when a run is polled, and nothing of HTTP.
-
 
 _LAST_POLL_MARGIN = 0.1  # seconds before the deadline that are kept for a last poll, at least
 _Interval = Union[float, Callable[[RunState], float]]
@@ -1625,6 +1608,9 @@ class _Watch:
         self.last_poll = self.deadline - _LAST_POLL_MARGIN
         if self.state:
             self.state = replace(self.state, polls=0, faults=0, elapsed=0.0, eta=None)
+
+    def __lt__(self, other: _Watch) -> bool:
+        return self.due < other.due
 
     def next_attempt(self, now: float, held_until: float) -> float:
         """When the next attempt is due. Raises PollTimeout where that is never."""
@@ -1768,7 +1754,7 @@ def _watches(
         _at_least(0, "interval", interval)
     watches: dict[str, _Watch] = {}
     for run in runs:
-        request = session._status_request(run)
+        request = session._request("poll", session._api._status_params(run))
         if request.path not in watches:
             given = run if isinstance(run, RunState) else None
             retry = session._new_retry(request, iterating=True, just_started=given is not None)
@@ -1785,7 +1771,7 @@ def _follow(session: Session, watch: _Watch) -> Generator[RunState, None, None]:
             if state.done:
                 return
             watch.schedule(state, session._clock())
-        if not session._wait(watch.next_attempt, ask_always=True):
+        if not session._wait(watch.next_attempt) or session._stopped():
             return
         state = _record(session, watch, _poll_once(session, watch))
 
@@ -1807,114 +1793,105 @@ def _record(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | No
 class _Batch:
     """The watches of many runs, under a heap of due times.
 
-    A run is in one place at a time: `_arrived`, its state being handed out next; `_due`, its poll
-    being planned; or in flight, by `_orders` and `_outcomes`. The threads only make attempts; all
-    else happens in the caller's, so that nothing needs a lock. They are daemons, so that nobody
+    A run is in one place at a time: `_due`, its next poll being planned; in flight, by `_orders`
+    and `_outcomes`; or `_arrived`, its state being handed out next. The threads only make attempts;
+    all else happens in the caller's, so that nothing needs a lock. They are daemons, so that nobody
     waits for what is in flight after Ctrl-C.
     """
 
     def __init__(self, session: Session, watches: list[_Watch], workers: int) -> None:
         self._session, self._watches, self._workers = session, watches, workers
-        self._due: list[tuple[float, int]] = []  # a heap: when, and the index of the watch
-        self._arrived: deque[tuple[int, RunState]] = deque()  # states to be handed out
+        self._due = [watch for watch in watches if not watch.state]  # a heap
+        self._arrived = deque(watch for watch in watches if watch.state)
         self._in_flight = 0
-        self._errors: dict[int, RunpollError] = {}
+        self._errors: dict[_Watch, RunpollError] = {}
         self._threads: list[threading.Thread] = []
         self._closed = False
-        self._orders: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        for index, watch in enumerate(watches):
-            self._enqueue(index, watch.state)
+        self._orders: queue.SimpleQueue[_Watch | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[tuple[_Watch, Any]] = queue.SimpleQueue()
 
     def follow(self) -> Generator[RunState, None, None]:
-        """As `_follow` does for one: send what is due, hand out what has arrived, or wait."""
+        """As `_follow` does for one: take in what has come, send what is due, hand out, or wait."""
         try:
             while self._due or self._in_flight or self._arrived:
-                due, now = self._next_due(), self._session._clock()
-                if _reached(due, now) or not (self._in_flight or self._arrived):
+                seconds = self._seconds_until_due()
+                if self._in_flight and self._receive(0.0 if self._arrived else seconds):
+                    continue
+                if seconds <= 0 or not (self._in_flight or self._arrived):
                     if not self._send():  # which waits, where nothing else is to be done
                         return
                 elif self._arrived:
-                    index, state = self._arrived.popleft()
-                    yield state
-                    if not state.done:
-                        self._watches[index].schedule(state, self._session._clock())
-                        self._enqueue(index, None)
-                else:
-                    self._receive(due - now)
+                    watch = self._arrived.popleft()
+                    assert watch.state
+                    yield watch.state
+                    if not watch.state.done:
+                        watch.schedule(watch.state, self._session._clock())
+                        heapq.heappush(self._due, watch)
         finally:
-            self._close()
+            self._closed = True
+            for _ in self._threads:
+                self._orders.put(None)  # for one that waits to see it
+        for thread in self._threads:
+            thread.join()
         if self._errors:
             many = f"{len(self._errors)} of {len(self._watches)}"
             raise self._error(f"{many} runs were not followed to their ends")
 
-    def _enqueue(self, index: int, state: RunState | None) -> None:
-        """Where a run stands next: its state is handed out, or it is polled when that is due."""
-        if state:
-            self._arrived.append((index, state))
-        else:
-            heapq.heappush(self._due, (self._watches[index].due, index))
-
-    def _next_due(self) -> float:
-        """When an attempt can be sent; never while every worker is busy."""
+    def _seconds_until_due(self) -> float:
+        """Until an attempt can be sent; for ever while every worker is busy."""
         if not self._due or self._in_flight == self._workers:
-            return math.inf
-        return max(self._due[0][0], self._session._held_until)
+            return _LONGEST_SLEEP
+        due = max(self._due[0].due, self._session._held_until)
+        return max(due - self._session._clock() - _CLOCK_TOLERANCE, 0.0)
 
     def _send(self) -> bool:
         """Once it is due, hand the first run to a worker. False when `sleep` ends all."""
-        _, index = heapq.heappop(self._due)
+        watch = heapq.heappop(self._due)
         try:
-            if not self._session._wait(self._watches[index].next_attempt, ask_always=True):
+            if not self._session._wait(watch.next_attempt) or self._session._stopped():
                 return False
         except PollTimeout as error:
-            self._errors[index] = error
+            self._errors[watch] = error
             return True
         if self._in_flight == len(self._threads):
-            thread = threading.Thread(target=self._work, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._threads.append(threading.Thread(target=self._work, daemon=True))
+            self._threads[-1].start()
         self._in_flight += 1
-        self._orders.put(index)
+        self._orders.put(watch)
         return True
 
     def _work(self) -> None:
         """In a thread: make the attempts that are ordered, until the batch is closed."""
-        while True:
-            index = self._orders.get()
+        for watch in iter(self._orders.get, None):
             if self._closed:
                 return
             try:
-                self._outcomes.put((index, _poll_once(self._session, self._watches[index])))
+                self._outcomes.put((watch, _poll_once(self._session, watch)))
             except BaseException as error:  # for the caller's thread to raise
-                self._outcomes.put((index, error))
+                self._outcomes.put((watch, error))
 
-    def _receive(self, seconds: float) -> None:
-        """Wait at most so long for what comes of an attempt."""
+    def _receive(self, seconds: float) -> bool:
+        """Take in what comes of one attempt. False when nothing comes for so long."""
         try:
-            index, outcome = self._outcomes.get(timeout=min(seconds, _LONGEST_SLEEP))
+            watch, outcome = self._outcomes.get(timeout=min(seconds, _LONGEST_SLEEP))
         except queue.Empty:
-            return
+            return False
         self._in_flight -= 1
         if isinstance(outcome, BaseException):
             raise outcome
         try:
-            self._enqueue(index, _record(self._session, self._watches[index], outcome))
+            if _record(self._session, watch, outcome):
+                self._arrived.append(watch)
+            else:
+                heapq.heappush(self._due, watch)
         except RunpollError as error:
-            self._errors[index] = error
+            self._errors[watch] = error
             if isinstance(error, ApiError) and error.http_status == 401:
                 raise self._error("the key was refused, and no run is followed any more") from None
-
-    def _close(self) -> None:
-        """Begin no further request; those in flight are left to end by themselves."""
-        self._closed = True
-        for _ in self._threads:
-            self._orders.put(-1)  # for one that waits to see it
-        for thread in self._threads if not self._in_flight else ():
-            thread.join()
+        return True
 
     def _error(self, what: str) -> BatchError:
-        errors = [self._errors[index] for index in sorted(self._errors)]
+        errors = [self._errors[watch] for watch in self._watches if watch in self._errors]
         return BatchError(f"{what}: {'; '.join(map(str, errors[:3]))}", errors=errors)
 
 
