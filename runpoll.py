@@ -270,19 +270,22 @@ def _places(given: Any) -> list[_Place]:
 def _first_value(body: Any, places: Iterable[_Place], read: _Reader) -> Any:
     """The first value at one of the places that `read` takes, as it reads it; else None."""
     for place in places:
-        value = read(_found_at(place, body))
+        value = body
+        if callable(place):
+            value = _called(place, body)
+        else:
+            for key in place:
+                value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
-            return value
+            value = read(value)
+            if value is not None:
+                return value
     return None
 
 
-def _found_at(place: _Place, body: Any) -> Any:
-    if not callable(place):
-        for key in place:
-            body = body.get(key) if isinstance(body, dict) else None
-        return body
+def _called(find: Callable[[Any], Any], body: Any) -> Any:
     try:
-        return place(body)
+        return find(body)
     except _CALLERS_ERRORS:
         return None
 
@@ -393,6 +396,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     A date counts from the answer's own Date, so that the clock of this machine does not matter.
     """
     value = headers.get("retry-after", "").strip()
+    if not value:
+        return None
     if re.fullmatch(r"[0-9]{1,300}(\.[0-9]+)?", value):
         return float(value) or None
     seconds = _http_date(value) - (_http_date(headers.get("date", "")) or time.time())
@@ -1278,8 +1283,7 @@ class Session:
         self._api_key = api_key
         self._base_url = base.url
         # What cannot be sent is refused here.
-        if not callable(api_key):
-            self._authorization()
+        self._fixed_authorization = None if callable(api_key) else self._authorization()
         self._headers = {
             "Accept": "application/json",
             "Accept-Encoding": "gzip",
@@ -1442,7 +1446,7 @@ class Session:
     ) -> _Outcome:
         """Make one attempt, which does not pass the deadline; its fault is for others to judge."""
         began = self._clock()
-        key, header = self._authorization()
+        key, header = self._fixed_authorization or self._authorization()
         seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         try:
             value = self._result_of(request, header, seconds)
