@@ -1505,7 +1505,7 @@ class Session:
             lag_statuses.add(401)
         return _Retry(request.repeatable, self._max_outage, lag_statuses, iterating)
 
-    def _sit_out(self, retry: _Retry, outcome: _Outcome) -> None:
+    def _sit_out(self, retry: _Retry, outcome: _Outcome, latest: float = math.inf) -> None:
         """Have a fault tried again at `retry.due`. Raises it where that is not worth it."""
         fault = outcome.value
         worth_it = retry.failed(outcome)
@@ -1515,6 +1515,7 @@ class Session:
                 self._held_until = max(self._held_until, until)
         if not worth_it:
             raise fault
+        retry.due = min(retry.due, latest)
         _log.warning("%s; trying again in %.1f s", fault, retry.due - outcome.ended)
 
     def _wait(self, next_attempt: Callable[[float, float], float]) -> bool:
@@ -1653,12 +1654,11 @@ class _Watch:
         if not seconds:
             seconds = self.interval(state) if callable(self.interval) else self.interval
             _at_least(0, "interval", seconds)
-        self.plan(self.began + state.elapsed + seconds, now)
+        self.due = min(self.began + state.elapsed + seconds, self.latest(now))
 
-    def plan(self, due: float, now: float) -> None:
-        """Set when the next attempt is due; a last one is made before the deadline."""
-        last = self.deadline if _reached(self.last_poll, now) else self.last_poll
-        self.due = min(due, last)
+    def latest(self, now: float) -> float:
+        """The latest that the next attempt may be due: a last one is made before the deadline."""
+        return self.deadline if _reached(self.last_poll, now) else self.last_poll
 
     def _eta(self, progress: float | None, now: float) -> float | None:
         """Seconds that seem to be left, at the pace since this iteration's first poll."""
@@ -1789,8 +1789,8 @@ def _record(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | No
     if not isinstance(outcome.value, RunpollError):
         return watch.succeeded(outcome)
     watch.failed(outcome)
-    session._sit_out(watch.retry, outcome)
-    watch.plan(watch.retry.due, outcome.ended)
+    session._sit_out(watch.retry, outcome, watch.latest(outcome.ended))
+    watch.due = watch.retry.due
     return None
 
 

@@ -1668,6 +1668,13 @@ def test_a_retry_after_replaces_the_wait(lab, caplog, status, headers, seconds):
     assert f"; trying again in {seconds:.1f} s" in caplog.text
 
 
+def test_the_wait_that_is_announced_before_a_deadline_is_the_one_that_is_made(lab, caplog):
+    with pytest.raises(PollTimeout):
+        wait(lab.open(*[answer(None, 503)] * 20), "r1", timeout=5)
+    announced = [float(found) for found in re.findall(r"again in (\S+) s", caplog.text)]
+    assert len(lab.naps) > 3 and lab.naps == pytest.approx(announced[: len(lab.naps)], abs=0.06)
+
+
 @table("value", "0", "-1", "soon", "Fri, 27 Feb 2015 12:00:00 GMT", "1e3", "")
 def test_a_retry_after_that_says_nothing_is_as_if_absent(lab, value):
     lab.open(answer(None, 429, {"Retry-After": value}), DONE).poll("r1")
