@@ -44,7 +44,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeVar, Union, overload
 from urllib.parse import quote, unquote
 
@@ -73,7 +73,7 @@ _log = logging.getLogger("runpoll")
 #       Session._read_state             Api.read_state
 #     _Watch.succeeded -> RunState      to be yielded
 #     _Watch.failed                     raises PollTimeout at the deadline
-#     Session._sit_out, _Retry.failed   when to try again; or the fault is raised
+#     Session._plan_retry               when to try again, by _Retry.failed; or raises the fault
 #     _Watch.schedule                   when the next poll is due
 
 
@@ -220,23 +220,18 @@ class RunState:
         """
         if self.ok:
             return self.output if decode is None else decode(self.output)
-        not_done = (
-            RunNotDone,
-            f"has not ended (status {_excerpt(self.status)!r}); iter_status() follows it",
-        )
-        kind, what = _BAD_ENDS.get(self.phase, not_done)
+        not_done = f"has not ended (status {_excerpt(self.status)!r}); iter_status() follows it"
+        ends = {
+            Phase.FAILED: (RunFailed, "failed"),
+            Phase.CANCELLED: (RunCancelled, "was cancelled"),
+        }
+        kind, what = ends.get(self.phase, (RunNotDone, not_done))
         text = f"run {_excerpt(self.id)} {what}"
         if self.error:
             text += f": {_excerpt(self.error.message)}"
             text += f", in the step {_excerpt(self.error.step)!r}" if self.error.step else ""
             text += f" (code {_excerpt(self.error.code)})" if self.error.code else ""
         raise kind(text, params=self.params, state=self)
-
-
-_BAD_ENDS: dict[Phase, tuple[type[RunpollError], str]] = {
-    Phase.FAILED: (RunFailed, "failed"),
-    Phase.CANCELLED: (RunCancelled, "was cancelled"),
-}
 
 
 def _excerpt(text: str) -> str:
@@ -272,7 +267,10 @@ def _first_value(body: Any, places: Iterable[_Place], read: _Reader) -> Any:
     for place in places:
         value = body
         if callable(place):
-            value = _called(place, body)
+            try:
+                value = place(body)
+            except _CALLERS_ERRORS:
+                continue
         else:
             for key in place:
                 value = value.get(key) if isinstance(value, dict) else None
@@ -281,13 +279,6 @@ def _first_value(body: Any, places: Iterable[_Place], read: _Reader) -> Any:
             if value is not None:
                 return value
     return None
-
-
-def _called(find: Callable[[Any], Any], body: Any) -> Any:
-    try:
-        return find(body)
-    except _CALLERS_ERRORS:
-        return None
 
 
 def _as_is(value: Any) -> Any:
@@ -458,34 +449,35 @@ _USUAL_WORDS = {
 }
 
 
-def _spelled(names: str) -> list[_Place]:
+def _spellings(names: str) -> list[_Place]:
     """Each name as a path, in snake_case and in camelCase."""
     paths: list[_Place] = []
     for name in names.split():
         camel_case = name[0] + name.title().replace("_", "")[1:]
-        paths += [[name], [camel_case]]
+        paths += [[spelling] for spelling in dict.fromkeys((name, camel_case))]
     return paths
 
 
 # RunState field -> what reads it, and where it usually stands.
 _USUAL_FIELDS: dict[str, tuple[_Reader, list[_Place]]] = {
-    "id": (_text_or_number, _spelled("run_id id execution_id job_id task_id")),
-    "status": (_text_or_number, _spelled("status state")),
-    "output": (_as_is, _spelled("output outputs result results")),
-    "error": (_error_info, _spelled("error errors error_message")),
-    "created_at": (_instant, _spelled("created_at created submitted_at")),
-    "started_at": (_instant, _spelled("started_at start_time")),
-    "completed_at": (_instant, _spelled("completed_at finished_at ended_at end_time")),
-    "duration": (_seconds, _spelled("duration_seconds")),
-    "steps_done": (_count, _spelled("steps_done steps_completed completed_steps finished_steps")),
-    "steps_total": (_count, _spelled("steps_total total_steps")),
-    "progress": (_number, _spelled("progress")),
-    "status_url": (_text, _spelled("status_url")),
+    "id": (_text_or_number, _spellings("run_id id execution_id job_id task_id")),
+    "status": (_text_or_number, _spellings("status state")),
+    "output": (_as_is, _spellings("output outputs result results")),
+    "error": (_error_info, _spellings("error errors error_message")),
+    "created_at": (_instant, _spellings("created_at created submitted_at")),
+    "started_at": (_instant, _spellings("started_at start_time")),
+    "completed_at": (_instant, _spellings("completed_at finished_at ended_at end_time")),
+    "duration": (_seconds, _spellings("duration_seconds")),
+    "steps_done": (_count, _spellings("steps_done steps_completed completed_steps finished_steps")),
+    "steps_total": (_count, _spellings("steps_total total_steps")),
+    "progress": (_number, _spellings("progress")),
+    "status_url": (_text, _spellings("status_url")),
 }
 
 _Run = Union[str, Mapping[str, Any], RunState]
 
 
+@lru_cache(maxsize=256)
 def _normalized(word: str) -> str:
     """Timed-Out, TIMED_OUT and timedOut are one word; a number is kept with its sign."""
     word = word[:100].strip()
@@ -656,22 +648,24 @@ class Api:
             known["run_id"] = found["id"]
         elif not is_poll:
             from_location = template.match(location)
-            if from_location.items() >= known.items():
+            if from_location.items() >= known.items():  # it says nothing else than is known
                 known = from_location
-        if "run_id" not in known:
-            text = "the answer has no id of a run"
-            if location:
-                text += f", and its Location {_shown_url(location)} does not end as {self.status!r}"
-            raise _not_a_state(text, body, run, http_status=http_status)
-        status = found["status"] or ""
-        # Most words are listed as they stand.
-        phase = self._phases.get(status) or self._phases.get(_normalized(status), Phase.UNKNOWN)
+        run_id, status = known.get("run_id"), found["status"] or ""
+        phase = self._phases.get(_normalized(status), Phase.UNKNOWN)
         # An error answer may be a state all the same, but a gateway's {"status": "error"} is not.
-        listed = status and phase is not Phase.UNKNOWN and found["id"] == known["run_id"]
-        if not (200 <= http_status < 300 or listed) or (is_poll and not status):
-            text = f"the answer has no status of run {_excerpt(known['run_id'])}"
-            raise _not_a_state(text, body, run, params=known, http_status=http_status)
-        found.update(id=found["id"] or known["run_id"], status=status, phase=phase)
+        listed = status and phase is not Phase.UNKNOWN and found["id"] == run_id
+        problem = ""
+        if run_id is None:
+            problem = "the answer has no id of a run"
+            if location:
+                shown = _shown_url(location)
+                problem += f", and its Location {shown} does not end as {self.status!r}"
+        elif not (200 <= http_status < 300 or listed) or (is_poll and not status):
+            problem = f"the answer has no status of run {_excerpt(run_id)}"
+        if problem:
+            concerned = known if run_id else None
+            raise _not_a_state(problem, body, run, params=concerned, http_status=http_status)
+        found.update(id=found["id"] or run_id, status=status, phase=phase)
         _derive_fields(found)
         return RunState(**found, params=known, raw=body, retry_after=_retry_after(lowered))
 
@@ -729,7 +723,7 @@ def _derive_fields(found: dict[str, Any]) -> None:
 
 
 def _doclo_duration(run: Any) -> Any:
-    """Seconds; both figures of Doclo are milliseconds."""
+    """Seconds; both figures of Doclo are milliseconds. Raises TypeError where there is none."""
     return _first_value(run, _places(["duration", "metrics.durationMs"]), _seconds) / 1000
 
 
@@ -784,8 +778,8 @@ class _Request(NamedTuple):
     params: dict[str, str]  # those of the status path that are known
 
     @property
-    def run(self) -> dict[str, str] | None:
-        """The params of the run that it concerns; None where none is known."""
+    def run_params(self) -> dict[str, str] | None:
+        """Those of the run that it concerns; None where none is known."""
         return self.params if "run_id" in self.params else None
 
     @property
@@ -794,7 +788,7 @@ class _Request(NamedTuple):
         name = f"{self.method} {self.path.partition('?')[0]}"
         if self.call == "start":
             return f"start ({name})"
-        return f"run {_excerpt(self.params['run_id'])} ({name})" if self.run else name
+        return f"run {_excerpt(self.params['run_id'])} ({name})" if self.run_params else name
 
 
 class _Answer(NamedTuple):
@@ -1006,6 +1000,7 @@ def _transport_error(
     """The error for what urllib3 raised instead of an answer."""
     fault = error.original_error if isinstance(error, exceptions.ProxyError) else error
     reason = _root_cause(fault)
+    # A NewConnectionError, as of a refusal, is a ConnectTimeoutError, too.
     sent = not isinstance(fault, exceptions.ConnectTimeoutError)
     # A ValueError while connecting is a certificate's, unless the host name itself is bad.
     bad_host = isinstance(reason, exceptions.LocationValueError)
@@ -1058,7 +1053,7 @@ _NOTHING_DONE = {*range(400, 500)} - {408, 425}  # the server has not done what 
 _ADVICE = {
     401: "check the API key, and the Api's auth_header and auth_scheme",
     403: "check the API key and what it may do",
-    404: "check the id, the base_url and whose key it is",
+    404: "check the id, the base_url, and whether the key may see it",
 }
 
 
@@ -1068,7 +1063,7 @@ def _api_error(answer: _Answer) -> ApiError:
     retry_after = _retry_after(headers)
     transient = status in _TRANSIENT or (status == 403 and retry_after is not None)
     said = _excerpt(answer.text)
-    if not said or said[0] in "<{[":  # the first line of a gateway's page tells nothing
+    if not said or said[0] in "<{[":  # a gateway's page, say, which tells little
         said = f"{answer.reason} {said}".strip()
     body, info = None, ErrorInfo(said or "no text")
     with suppress(BadResponse, RecursionError):
@@ -1103,7 +1098,7 @@ def _advice(status: int, transient: bool, retry_after: float | None) -> str:
     return f"{advice}, in {_rounded(retry_after)} s as it says" if retry_after else advice
 
 
-def _completed(
+def _for_caller(
     fault: RunpollError, request: _Request, key: str, may_have_begun: bool
 ) -> RunpollError:
     """A fault as the caller sees it: it names the request, tells of all attempts, shows no key.
@@ -1125,7 +1120,7 @@ def _completed(
     vars(fault).update(_redacted(vars(fault), key))
     if isinstance(fault, (ApiError, BadResponse)):
         fault.body = fault.body[:_BODY_SHOWN]  # not before: half a key is not known as one
-    fault.params = fault.params or request.run
+    fault.params = fault.params or request.run_params
     return fault
 
 
@@ -1190,7 +1185,7 @@ class _Retry:
     def failed(self, outcome: _Outcome) -> bool:
         """Plan another attempt after a fault. False where none is worth it."""
         fault, began, ended = outcome
-        if self.faults:
+        if self.faults:  # the attempt was made on account of the last one
             self._spent[self._kind] += ended - began
         self._kind = kind = self._kind_of(fault)
         left = self._patience[kind] - self._spent[kind]
@@ -1243,8 +1238,9 @@ class Session:
             this machine directly.
         ssl_context: for a private authority or mutual TLS.
         allow_http: let the key go over plain http to another machine.
-        sleep, clock: used for every wait. A `sleep` that returns True, as `wait` of a
-            threading.Event does once it is set, ends what waits.
+        sleep, clock: used for every wait, but for that of a batch for requests in flight. A
+            `sleep` that returns True, as `wait` of a threading.Event does once it is set, ends what
+            waits; an iteration asks it before every poll.
 
     Raises ValueError or TypeError for an argument that cannot be.
     """
@@ -1336,11 +1332,13 @@ class Session:
         Raises RunpollError, whose text says whether a run may have begun.
         """
         options = headers, request_timeout, repeatable
-        return self._call(self._request("start", params, body, *options))  # type: ignore[no-any-return]
+        state: RunState = self._call(self._request("start", params, body, *options))
+        return state
 
     def poll(self, run: _Run) -> RunState:
         """The state of a run (its id, status URL, path parameters or RunState), by one request."""
-        return self._call(self._request("poll", self._api._status_params(run)))  # type: ignore[no-any-return]
+        state: RunState = self._call(self._status_request(run))
+        return state
 
     def cancel(self, run: _Run, body: Any = None) -> bool:
         """Cancel a run, as `concurrent.futures.Future.cancel`.
@@ -1350,7 +1348,7 @@ class Session:
         """
         if isinstance(run, RunState) and run.done:
             return run.phase is Phase.CANCELLED
-        status = self._request("poll", self._api._status_params(run))
+        status = self._status_request(run)
         cancel = self._request("cancel", status.params, body)
         # Some APIs delete or fail a run that has ended when it is cancelled: look first.
         state = self._call(status, absent=(404,))
@@ -1417,6 +1415,9 @@ class Session:
             call, template.method, path, all_headers, content, seconds, repeatable, known
         )
 
+    def _status_request(self, run: _Run) -> _Request:
+        return self._request("poll", self._api._status_params(run))
+
     def _authorization(self) -> tuple[str, dict[str, str]]:
         """The key as it is now, and the header that carries it; of no key "" and none."""
         key = self._api_key() if callable(self._api_key) else self._api_key
@@ -1437,7 +1438,7 @@ class Session:
                 return outcome.value
             if getattr(outcome.value, "http_status", None) in absent:
                 return None
-            self._sit_out(retry, outcome)
+            self._plan_retry(retry, outcome)
             if not self._wait(retry.next_attempt):
                 raise outcome.value
 
@@ -1451,7 +1452,7 @@ class Session:
         try:
             value = self._result_of(request, header, seconds)
         except RunpollError as fault:
-            value = _completed(fault, request, key, may_have_begun)
+            value = _for_caller(fault, request, key, may_have_begun)
         return _Outcome(value, began, self._clock())
 
     def _result_of(self, request: _Request, header: dict[str, str], seconds: float) -> Any:
@@ -1505,7 +1506,7 @@ class Session:
             lag_statuses.add(401)
         return _Retry(request.repeatable, self._max_outage, lag_statuses, iterating)
 
-    def _sit_out(self, retry: _Retry, outcome: _Outcome, latest: float = math.inf) -> None:
+    def _plan_retry(self, retry: _Retry, outcome: _Outcome, latest: float = math.inf) -> None:
         """Have a fault tried again at `retry.due`. Raises it where that is not worth it."""
         fault = outcome.value
         worth_it = retry.failed(outcome)
@@ -1535,10 +1536,6 @@ class Session:
     def _stopped(self) -> bool:
         """Whether `sleep` ends also what has nothing to wait for."""
         return self._sleep is not time.sleep and self._sleep(0.0) is True
-
-
-def _reached(point: float, now: float) -> bool:
-    return now >= point - _CLOCK_TOLERANCE
 
 
 # ---- Following runs: knows when a run is polled, and nothing of HTTP.
@@ -1582,7 +1579,7 @@ class Backoff:
         try:
             grown = self.initial * self.factor ** max(0, state.polls - 1)
         except OverflowError:  # after thousands of polls
-            grown = self.maximum
+            grown = self.maximum if self.initial else 0.0
         seconds = min(min(grown, self.maximum) * jitter, self.maximum)
         if self.pace is None or state.eta is None:
             return seconds
@@ -1593,8 +1590,9 @@ class Backoff:
 class _Watch:
     """When the next attempt at one run is due. It never waits and makes no request.
 
-    It keeps the deadline: what would be due later is planned as a last poll that just fits, and
-    `next_attempt` raises PollTimeout where none fits any more. An attempt gets the time until it.
+    It keeps the deadline: what would be due later is planned as a last poll, at a time when twice
+    the seconds that the last one took are left, and `next_attempt` raises PollTimeout where none
+    fits any more. An attempt gets the time until the deadline.
     """
 
     request: _Request
@@ -1623,7 +1621,7 @@ class _Watch:
         if not _reached(self.deadline, due):
             return due
         if not _reached(self.last_poll, now):
-            return self.last_poll  # held back beyond the deadline; no timeout is raised before
+            return self.last_poll  # held back beyond the deadline: a PollTimeout comes no earlier
         raise self.timeout_error()
 
     def succeeded(self, outcome: _Outcome) -> RunState:
@@ -1645,7 +1643,7 @@ class _Watch:
     def failed(self, outcome: _Outcome) -> None:
         """Take in a fault. Raises PollTimeout where it came of the deadline."""
         self.fault = outcome.value
-        if self.fault.transient and _reached(self.deadline, outcome.ended):
+        if outcome.value.transient and _reached(self.deadline, outcome.ended):
             raise self.timeout_error()
 
     def schedule(self, state: RunState, now: float) -> None:
@@ -1676,9 +1674,13 @@ class _Watch:
             f"{self.request.label}: not ended{within}{why} ({seen}); the run goes on, and "
             "iter_status(session, error.params) follows it again"
         )
-        error = PollTimeout(text, params=self.request.run, state=self.state)
+        error = PollTimeout(text, params=self.request.run_params, state=self.state)
         error.__cause__ = self.fault
         return error
+
+
+def _reached(point: float, now: float) -> bool:
+    return now >= point - _CLOCK_TOLERANCE
 
 
 def iter_status(
@@ -1758,7 +1760,7 @@ def _watches(
         _at_least(0, "interval", interval)
     watches: dict[str, _Watch] = {}
     for run in runs:
-        request = session._request("poll", session._api._status_params(run))
+        request = session._status_request(run)
         if request.path not in watches:
             given = run if isinstance(run, RunState) else None
             retry = session._new_retry(request, iterating=True, just_started=given is not None)
@@ -1777,19 +1779,19 @@ def _follow(session: Session, watch: _Watch) -> Generator[RunState, None, None]:
             watch.schedule(state, session._clock())
         if not session._wait(watch.next_attempt) or session._stopped():
             return
-        state = _record(session, watch, _poll_once(session, watch))
+        state = _take_in(session, watch, _poll_once(session, watch))
 
 
 def _poll_once(session: Session, watch: _Watch) -> _Outcome:
     return session._attempt(watch.request, watch.retry.may_have_begun, watch.deadline)
 
 
-def _record(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | None:
+def _take_in(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | None:
     """The state that came of an attempt; None for a fault that is sat out."""
     if not isinstance(outcome.value, RunpollError):
         return watch.succeeded(outcome)
     watch.failed(outcome)
-    session._sit_out(watch.retry, outcome, watch.latest(outcome.ended))
+    session._plan_retry(watch.retry, outcome, watch.latest(outcome.ended))
     watch.due = watch.retry.due
     return None
 
@@ -1884,7 +1886,7 @@ class _Batch:
         if isinstance(outcome, BaseException):
             raise outcome
         try:
-            if _record(self._session, watch, outcome):
+            if _take_in(self._session, watch, outcome):
                 self._arrived.append(watch)
             else:
                 heapq.heappush(self._due, watch)
@@ -1988,10 +1990,8 @@ def _run_command(options: Any, live: bool) -> tuple[int, str]:
         with session:
             _print_states(states, live, options.json).result()
         return 0, ""
-    except RunFailed as error:
-        return 1, str(error)
-    except RunCancelled as error:
-        return 3, str(error)
+    except (RunFailed, RunCancelled) as error:
+        return 1 if isinstance(error, RunFailed) else 3, str(error)
     except PollTimeout as error:
         return 124, f"{str(error).partition(';')[0]}; {goes_on}"
     except RunpollError as error:

@@ -2195,7 +2195,7 @@ def test_the_id_of_a_request_that_failed_may_stand_in_a_header(lab, header):
 ADVICE = {
     "401": (401, "check the API key"),
     "403": (403, "check the API key and what it may do"),
-    "404": (404, "check the id, the base_url and whose key it is"),
+    "404": (404, "check the id, the base_url, and whether the key may see it"),
     "429": (429, "ask less often"),
     "500": (500, "try again later"),
     "501": (501, "unchanged it will fail again"),
