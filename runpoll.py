@@ -1116,6 +1116,7 @@ def _for_caller(
         shown = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
         cause = cause if _redacted(shown, key) == shown else None
     fault.__cause__, fault.__context__ = cause, None
+    fault.__traceback__ = None  # whose frames hold the whole answer
     fault.args = (_redacted(text, key),)
     vars(fault).update(_redacted(vars(fault), key))
     if isinstance(fault, (ApiError, BadResponse)):
@@ -1474,8 +1475,8 @@ class Session:
         except BadResponse as problem:
             if not good:
                 raise _api_error(answer) from None
-            fault = _bad_response(answer, str(problem), problem.transient)
-            raise fault from problem.__cause__
+            text, transient = str(problem), problem.transient
+            raise _bad_response(answer, text, transient) from problem.__cause__
 
     def _read_state(self, request: _Request, body: Any, answer: _Answer) -> RunState:
         try:

@@ -1846,6 +1846,15 @@ def test_an_answer_that_is_none_is_a_transport_error(lab, pieces):
     assert caught.value.sent and caught.value.transient and caught.value.__cause__
 
 
+@table("http_status", 200, 404)
+def test_an_error_does_not_keep_the_whole_answer(lab, http_status):
+    with pytest.raises(runpoll.RunpollError) as caught:
+        lab.open(answer(b"<p>" + b"x" * 999 + b"</p>", http_status), max_outage=0).poll("r1")
+    frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
+    ours = [frame for frame in frames if frame.f_code.co_filename == runpoll.__file__]
+    assert ours and "</p>" not in repr([frame.f_locals for frame in ours])
+
+
 def test_a_byte_that_is_no_utf_8_is_replaced(lab):
     body = b'\xef\xbb\xbf{"id": "r1", "status": "running", "log": "caf\xc3"}'
     assert lab.open(answer(body)).poll("r1").raw["log"] == "caf\ufffd"
@@ -2339,6 +2348,7 @@ def test_a_callable_interval_that_makes_no_sense_is_refused(lab, wrong):
     ({}, {"polls": 1}, 1),
     ({}, {"polls": 3}, 1.69),
     ({}, {"polls": 10_000}, 12),
+    ({"initial": 0}, {"polls": 10_000}, 0),
     ({"initial": 5, "factor": 2, "maximum": 30}, {"polls": 3}, 20),
     ({}, {"polls": 9, "eta": 5.0}, 3.5),
     ({}, {"polls": 9, "eta": 0.1}, 1),
