@@ -71,9 +71,11 @@ _log = logging.getLogger("runpoll")
 #     Session._attempt -> _Outcome      one request: a state, or an error that is not raised yet
 #       _Wire.exchange -> _Answer       urllib3
 #       Session._read_state             Api.read_state
-#     _Watch.succeeded -> RunState      to be yielded
-#     _Watch.failed                     raises PollTimeout at the deadline
-#     Session._plan_retry               when to try again, by _Retry.failed; or raises the fault
+#       _Retry.failed                   after a fault: when to try again, and whether to
+#     _take_in
+#       _Watch.succeeded -> RunState    to be yielded
+#       _Watch.failed                   raises PollTimeout at the deadline
+#       Session._sit_out                raises the fault, or logs that it is tried again
 #     _Watch.schedule                   when the next poll is due
 
 
@@ -84,7 +86,7 @@ class RunpollError(Exception):
     """The base of all errors. They pickle and copy."""
 
     params: dict[str, str] | None = None  # those of the run, where it concerns one
-    state: RunState | None = None  # the last one seen, where there is one
+    state: RunState | None = None  # the last one seen, in a timeout; that without a result
     transient: bool = False  # whether another try may fare better
     sent: bool = True  # False when no attempt of the call can have begun what was asked for
 
@@ -195,7 +197,7 @@ class RunState:
     raw: Any = field(default=None, repr=False)  # the whole answer
     retry_after: float | None = None  # seconds
     polls: int = field(default=0, compare=False)  # good answers in this iteration
-    faults: int = field(default=0, compare=False)  # failed attempts since the last good answer
+    faults: int = field(default=0, compare=False)  # failed attempts since the good answer before
     elapsed: float = field(default=0.0, compare=False)  # seconds since this iteration began
     eta: float | None = field(default=None, compare=False)  # seconds that seem to be left
 
@@ -241,7 +243,7 @@ def _excerpt(text: str) -> str:
     if len(line) <= 200:
         return line
     # Not the word that is cut: a part of a key would not be recognized as one.
-    return (line[:200].rpartition(" ")[0] or line[:200]) + "..."
+    return line[:200].rpartition(" ")[0] + "..."
 
 
 def _rounded(seconds: float) -> str:
@@ -648,19 +650,20 @@ class Api:
             known["run_id"] = found["id"]
         elif not is_poll:
             from_location = template.match(location)
-            if from_location.items() >= known.items():  # it says nothing else than is known
+            if from_location.items() >= known.items():  # and nothing else than is known
                 known = from_location
         run_id, status = known.get("run_id"), found["status"] or ""
         phase = self._phases.get(_normalized(status), Phase.UNKNOWN)
         # An error answer may be a state all the same, but a gateway's {"status": "error"} is not.
         listed = status and phase is not Phase.UNKNOWN and found["id"] == run_id
+        usable = 200 <= http_status < 300 or listed
         problem = ""
         if run_id is None:
             problem = "the answer has no id of a run"
             if location:
                 shown = _shown_url(location)
                 problem += f", and its Location {shown} does not end as {self.status!r}"
-        elif not (200 <= http_status < 300 or listed) or (is_poll and not status):
+        elif not usable or (is_poll and not status):
             problem = f"the answer has no status of run {_excerpt(run_id)}"
         if problem:
             concerned = known if run_id else None
@@ -684,7 +687,7 @@ class Api:
 def _parsed_base_url(url: str) -> Url:
     base = parse_url(url)
     if base.scheme not in ("http", "https") or not base.host or re.search(r"\s", url):
-        raise ValueError(f"a base_url begins with https:// (or http://) and a host, not as {url!r}")
+        raise ValueError("a base_url begins with https:// (or http://) and a host")
     if base.auth or base.query or base.fragment:
         raise ValueError("a base_url has no user, query or fragment")
     return base
@@ -906,11 +909,12 @@ class _HTTPPool(HTTPConnectionPool):
     ConnectionCls: Any = _HTTPConnection
 
     def _get_conn(self, timeout: float | None = None) -> Any:
+        deadline = timeout  # as `exchange` gives it
         conn: Any = super()._get_conn(timeout)
         while time.monotonic() - conn.last_answer > _IDLE_LIMIT:
             conn.close()
             conn = super()._get_conn(timeout)
-        conn.deadline = timeout  # a point in time, here
+        conn.deadline = deadline
         return conn
 
 
@@ -1006,9 +1010,10 @@ def _transport_error(
     bad_host = isinstance(reason, exceptions.LocationValueError)
     untrusted = not sent and isinstance(reason, ValueError) and not bad_host
     words = _excerpt(re.split(r": |\] ", str(reason))[-1])  # the system's own stand last
+    timed_out = "timed out" in f"{fault} {reason}"
     if untrusted:
         what = f"the certificate is not trusted ({words}); check the base_url, or the ssl_context"
-    elif "timed out" not in f"{fault} {reason}":
+    elif not timed_out:
         what = f"no answer ({words}); try again later"
     elif sent:
         what = f"no answer within {_rounded(seconds)} s; try again later"
@@ -1172,6 +1177,7 @@ class _Retry:
         self, repeatable: bool, max_outage: float, lag_statuses: set[int], iterating: bool
     ) -> None:
         self.due = -math.inf  # the next attempt
+        self.worth_it = True
         self.faults = 0
         self.may_have_begun = False  # what was asked for, by some attempt
         self._lag_statuses = lag_statuses
@@ -1181,12 +1187,12 @@ class _Retry:
         self._kind = ""  # of the last fault
 
     def next_attempt(self, now: float, held_until: float) -> float:
+        """When the next attempt is due."""
         return max(self.due, held_until)
 
-    def failed(self, outcome: _Outcome) -> bool:
-        """Plan another attempt after a fault. False where none is worth it."""
-        fault, began, ended = outcome
-        if self.faults:  # the attempt was made on account of the last one
+    def failed(self, fault: RunpollError, began: float, ended: float) -> None:
+        """Plan another attempt after a fault, where one is worth it."""
+        if self.faults:  # what the attempt took counts against the fault that called for it
             self._spent[self._kind] += ended - began
         self._kind = kind = self._kind_of(fault)
         left = self._patience[kind] - self._spent[kind]
@@ -1198,8 +1204,9 @@ class _Retry:
         self._spent[kind] += wait
         self.due = ended + wait
         self.faults += 1
-        self.may_have_begun = fault.sent
-        return left > _CLOCK_TOLERANCE and (wait <= left or self._iterating)
+        self.may_have_begun = fault.sent  # or an earlier attempt, as `_for_caller` has noted
+        # An iteration sits out a Retry-After that is longer than what is left, too.
+        self.worth_it = left > _CLOCK_TOLERANCE and (wait <= left or self._iterating)
 
     def succeeded(self) -> None:
         """A good answer came: what fails from now on is another trouble."""
@@ -1434,27 +1441,32 @@ class Session:
         retry = self._new_retry(request)
         self._wait(retry.next_attempt)  # the first attempt is made, whatever `sleep` says
         while True:
-            outcome = self._attempt(request, retry.may_have_begun)
+            outcome = self._attempt(request, retry)
             if not isinstance(outcome.value, RunpollError):
                 return outcome.value
             if getattr(outcome.value, "http_status", None) in absent:
                 return None
-            self._plan_retry(retry, outcome)
+            self._sit_out(retry, outcome)
             if not self._wait(retry.next_attempt):
                 raise outcome.value
 
-    def _attempt(
-        self, request: _Request, may_have_begun: bool, deadline: float = math.inf
-    ) -> _Outcome:
-        """Make one attempt, which does not pass the deadline; its fault is for others to judge."""
+    def _attempt(self, request: _Request, retry: _Retry, deadline: float = math.inf) -> _Outcome:
+        """Make one attempt, which does not pass the deadline. A fault is not raised yet."""
         began = self._clock()
         key, header = self._fixed_authorization or self._authorization()
         seconds = min(request.timeout, deadline - self._clock(), _LONGEST_TIMEOUT)
         try:
             value = self._result_of(request, header, seconds)
         except RunpollError as fault:
-            value = _for_caller(fault, request, key, may_have_begun)
-        return _Outcome(value, began, self._clock())
+            value = _for_caller(fault, request, key, retry.may_have_begun)
+        ended = self._clock()
+        if isinstance(value, RunpollError):
+            retry.failed(value, began, ended)
+            if _holds_back(value):
+                with self._lock:
+                    until = min(retry.due, ended + _LONGEST_RETRY_AFTER)
+                    self._held_until = max(self._held_until, until)
+        return _Outcome(value, began, ended)
 
     def _result_of(self, request: _Request, header: dict[str, str], seconds: float) -> Any:
         """What one attempt brings: a state, or JSON, or None of a cancel."""
@@ -1507,18 +1519,13 @@ class Session:
             lag_statuses.add(401)
         return _Retry(request.repeatable, self._max_outage, lag_statuses, iterating)
 
-    def _plan_retry(self, retry: _Retry, outcome: _Outcome, latest: float = math.inf) -> None:
+    def _sit_out(self, retry: _Retry, outcome: _Outcome, latest: float = math.inf) -> None:
         """Have a fault tried again at `retry.due`. Raises it where that is not worth it."""
-        fault = outcome.value
-        worth_it = retry.failed(outcome)
-        if _holds_back(fault):
-            until = min(retry.due, outcome.ended + _LONGEST_RETRY_AFTER)
-            with self._lock:
-                self._held_until = max(self._held_until, until)
-        if not worth_it:
-            raise fault
+        if not retry.worth_it:
+            raise outcome.value
         retry.due = min(retry.due, latest)
-        _log.warning("%s; trying again in %.1f s", fault, retry.due - outcome.ended)
+        seconds = retry.due - outcome.ended
+        _log.warning("%s; trying again in %.1f s", outcome.value, seconds)
 
     def _wait(self, next_attempt: Callable[[float, float], float]) -> bool:
         """Sleep until an attempt is due. False when `sleep` ends all.
@@ -1656,7 +1663,7 @@ class _Watch:
         self.due = min(self.began + state.elapsed + seconds, self.latest(now))
 
     def latest(self, now: float) -> float:
-        """The latest that the next attempt may be due: a last one is made before the deadline."""
+        """When the next attempt may be due at the latest: as a last poll, or else never."""
         return self.deadline if _reached(self.last_poll, now) else self.last_poll
 
     def _eta(self, progress: float | None, now: float) -> float | None:
@@ -1780,11 +1787,8 @@ def _follow(session: Session, watch: _Watch) -> Generator[RunState, None, None]:
             watch.schedule(state, session._clock())
         if not session._wait(watch.next_attempt) or session._stopped():
             return
-        state = _take_in(session, watch, _poll_once(session, watch))
-
-
-def _poll_once(session: Session, watch: _Watch) -> _Outcome:
-    return session._attempt(watch.request, watch.retry.may_have_begun, watch.deadline)
+        outcome = session._attempt(watch.request, watch.retry, watch.deadline)
+        state = _take_in(session, watch, outcome)
 
 
 def _take_in(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | None:
@@ -1792,7 +1796,7 @@ def _take_in(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | N
     if not isinstance(outcome.value, RunpollError):
         return watch.succeeded(outcome)
     watch.failed(outcome)
-    session._plan_retry(watch.retry, outcome, watch.latest(outcome.ended))
+    session._sit_out(watch.retry, outcome, watch.latest(outcome.ended))
     watch.due = watch.retry.due
     return None
 
@@ -1800,10 +1804,10 @@ def _take_in(session: Session, watch: _Watch, outcome: _Outcome) -> RunState | N
 class _Batch:
     """The watches of many runs, under a heap of due times.
 
-    A run is in one place at a time: `_due`, its next poll being planned; in flight, by `_orders`
-    and `_outcomes`; or `_arrived`, its state being handed out next. The threads only make attempts;
-    all else happens in the caller's, so that nothing needs a lock. They are daemons, so that nobody
-    waits for what is in flight after Ctrl-C.
+    A run is in one place at a time, so that nothing here needs a lock: `_due`, its next poll being
+    planned; in flight, by `_orders` and `_outcomes`; `_arrived`, its state being handed out next.
+    The threads only make attempts. They are daemons, so that nobody waits for what is in flight
+    after Ctrl-C.
     """
 
     def __init__(self, session: Session, watches: list[_Watch], workers: int) -> None:
@@ -1818,13 +1822,12 @@ class _Batch:
         self._outcomes: queue.SimpleQueue[tuple[_Watch, Any]] = queue.SimpleQueue()
 
     def follow(self) -> Generator[RunState, None, None]:
-        """As `_follow` does for one: take in what has come, send what is due, hand out, or wait."""
+        """As `_follow` does for one: send what is due, hand out what has arrived, or wait."""
         try:
             while self._due or self._in_flight or self._arrived:
                 seconds = self._seconds_until_due()
-                if self._in_flight and self._receive(0.0 if self._arrived else seconds):
-                    continue
-                if seconds <= 0 or not (self._in_flight or self._arrived):
+                idle = not (self._in_flight or self._arrived)
+                if seconds <= 0 or idle:
                     if not self._send():  # which waits, where nothing else is to be done
                         return
                 elif self._arrived:
@@ -1834,6 +1837,8 @@ class _Batch:
                     if not watch.state.done:
                         watch.schedule(watch.state, self._session._clock())
                         heapq.heappush(self._due, watch)
+                else:
+                    self._receive(seconds)
         finally:
             self._closed = True
             for _ in self._threads:
@@ -1847,7 +1852,7 @@ class _Batch:
     def _seconds_until_due(self) -> float:
         """Until an attempt can be sent; for ever while every worker is busy."""
         if not self._due or self._in_flight == self._workers:
-            return _LONGEST_SLEEP
+            return math.inf
         due = max(self._due[0].due, self._session._held_until)
         return max(due - self._session._clock() - _CLOCK_TOLERANCE, 0.0)
 
@@ -1873,16 +1878,17 @@ class _Batch:
             if self._closed:
                 return
             try:
-                self._outcomes.put((watch, _poll_once(self._session, watch)))
+                outcome = self._session._attempt(watch.request, watch.retry, watch.deadline)
+                self._outcomes.put((watch, outcome))
             except BaseException as error:  # for the caller's thread to raise
                 self._outcomes.put((watch, error))
 
-    def _receive(self, seconds: float) -> bool:
-        """Take in what comes of one attempt. False when nothing comes for so long."""
+    def _receive(self, seconds: float) -> None:
+        """Wait at most so long for what comes of an attempt."""
         try:
             watch, outcome = self._outcomes.get(timeout=min(seconds, _LONGEST_SLEEP))
         except queue.Empty:
-            return False
+            return
         self._in_flight -= 1
         if isinstance(outcome, BaseException):
             raise outcome
@@ -1895,7 +1901,6 @@ class _Batch:
             self._errors[watch] = error
             if isinstance(error, ApiError) and error.http_status == 401:
                 raise self._error("the key was refused, and no run is followed any more") from None
-        return True
 
     def _error(self, what: str) -> BatchError:
         errors = [self._errors[watch] for watch in self._watches if watch in self._errors]

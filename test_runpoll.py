@@ -2098,10 +2098,18 @@ def test_a_text_that_is_cut_is_cut_between_words_as_part_of_a_key_is_not_known_a
     assert KEY[:8] not in str(caught.value)
 
 
-@table("length, shown", (200, "x" * 200), (300, "x" * 200 + "..."))
-def test_a_word_that_is_longer_than_a_text_is_cut_all_the_same(lab, length, shown):
+@table("length, shown", (200, "x" * 200), (201, "..."))
+def test_a_word_that_is_longer_than_a_text_may_be_a_key_and_is_not_shown(lab, length, shown):
     with pytest.raises(ApiError, match=f": {re.escape(shown)}; unchanged"):
         lab.open(answer({"error": "x" * length}, 400)).poll("r1")
+
+
+def test_no_part_of_a_key_that_is_longer_than_a_text_is_shown(lab):
+    key = "secret_" * 50
+    with pytest.raises(ApiError) as caught:
+        lab.open(answer({"error": f"{key} is unknown"}, 401), key=key).poll("r1")
+    assert "secret" not in str(caught.value)
+    assert caught.value.error.message == "[key] is unknown"
 
 
 @table("key, shown", ("seven77", True), ("eight888", False))
