@@ -1339,8 +1339,8 @@ class Session:
 
         Raises RunpollError, whose text says whether a run may have begun.
         """
-        options = headers, request_timeout, repeatable
-        state: RunState = self._call(self._request("start", params, body, *options))
+        request = self._request("start", params, body, headers, request_timeout, repeatable)
+        state: RunState = self._call(request)
         return state
 
     def poll(self, run: _Run) -> RunState:
@@ -1392,8 +1392,11 @@ class Session:
         arguments are as for `start`; `request_timeout` None is the session's.
         """
         other = _PathTemplate(f"{method} {path}", method)
-        options = headers, request_timeout, other.method in _IDEMPOTENT, other
-        return self._call(self._request("request", params or {}, body, *options))
+        repeatable = other.method in _IDEMPOTENT
+        request = self._request(
+            "request", params or {}, body, headers, request_timeout, repeatable, other
+        )
+        return self._call(request)
 
     # What the calls are made of: requests, attempts, waits.
 
