@@ -1666,7 +1666,7 @@ class _Watch:
         self.due = min(self.began + state.elapsed + seconds, self.latest(now))
 
     def latest(self, now: float) -> float:
-        """When the next attempt may be due at the latest: as a last poll, or else never."""
+        """The latest due time: that of a last poll, or the deadline, which means never."""
         return self.deadline if _reached(self.last_poll, now) else self.last_poll
 
     def _eta(self, progress: float | None, now: float) -> float | None:
