@@ -319,6 +319,11 @@ _RFC_3339 = re.compile(
 
 def _instant(value: Any) -> datetime | None:
     """RFC 3339, or Unix time in seconds or milliseconds; without an offset it is UTC."""
+    return _parsed_instant(value) if isinstance(value, (str, int, float, datetime)) else None
+
+
+@lru_cache(maxsize=256, typed=True)  # most answers of a run bring the same ones again
+def _parsed_instant(value: Any) -> datetime | None:
     found = _RFC_3339.fullmatch(value) if isinstance(value, str) else None
     number = _seconds(value)
     with suppress(ValueError, OverflowError, OSError):
