@@ -606,6 +606,10 @@ class Api:
         return templates
 
     @cached_property
+    def _root(self) -> list[_Place]:
+        return _places(self.root) if self.root else [[]]  # no keys lead to the body itself
+
+    @cached_property
     def _phases(self) -> dict[str, Phase]:
         own = {_normalized(word): Phase(phase) for word, phase in {**self.phases}.items()}
         return {"": Phase.PENDING, **_USUAL_PHASES, **own}  # "" is no word at all, as of a start
@@ -644,7 +648,7 @@ class Api:
         """
         lowered = _lower_case_names(headers)
         location = lowered.get("location", "")
-        run = _first_value(body, _places(self.root), _as_is) if self.root else body
+        run = _first_value(body, self._root, _as_is)
         found = {
             name: _first_value(run, places, read) for name, (read, places) in self._readers.items()
         }
@@ -730,9 +734,10 @@ def _derive_fields(found: dict[str, Any]) -> None:
 # ---- The built-in APIs, as their documents describe them
 
 
-def _doclo_duration(run: Any) -> Any:
-    """Seconds; both figures of Doclo are milliseconds. Raises TypeError where there is none."""
-    return _first_value(run, _places(["duration", "metrics.durationMs"]), _seconds) / 1000
+def _doclo_duration(run: Any) -> float | None:
+    """Seconds; both figures of Doclo are milliseconds."""
+    milliseconds = _first_value(run, [["duration"], ["metrics", "durationMs"]], _seconds)
+    return None if milliseconds is None else milliseconds / 1000
 
 
 RAPIDFOLIO = Api(
@@ -1835,7 +1840,7 @@ class _Batch:
             while self._due or self._in_flight or self._arrived:
                 seconds = self._seconds_until_due()
                 idle = not (self._in_flight or self._arrived)
-                if seconds <= 0 or idle:
+                if seconds <= _CLOCK_TOLERANCE or idle:
                     if not self._send():  # which waits, where nothing else is to be done
                         return
                 elif self._arrived:
@@ -1862,7 +1867,7 @@ class _Batch:
         if not self._due or self._in_flight == self._workers:
             return math.inf
         due = max(self._due[0].due, self._session._held_until)
-        return max(due - self._session._clock() - _CLOCK_TOLERANCE, 0.0)
+        return due - self._session._clock()
 
     def _send(self) -> bool:
         """Once it is due, hand the first run to a worker. False when `sleep` ends all."""
